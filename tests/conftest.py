@@ -1,0 +1,92 @@
+"""What the tests share: a script run as a user runs it, in a folder of its own, the stand-in hub as its network."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from PIL import Image
+
+TESTS = Path(__file__).resolve().parent
+TIMEOUT = 300  # seconds a script may take in a test
+
+
+def command(script: str, **constants) -> list[str]:
+    """The command line that runs `script` with these constants."""
+    values = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in constants.items()]
+    return [sys.executable, str(TESTS / "launch.py"), script, *values]
+
+
+def variables(env: dict[str, str]) -> dict[str, str]:
+    """This process's environment with `env` on top; scripts print in UTF-8 on every system."""
+    return {**os.environ, "PYTHONUTF8": "1", **env}
+
+
+def run_script(
+    script: str, cwd: Path, env: dict[str, str], timeout: float = TIMEOUT, **constants
+) -> subprocess.CompletedProcess:
+    """Run `script` in the folder `cwd` through launch.py; `env` is what Hub.environment() gives, or more."""
+    return subprocess.run(
+        command(script, **constants),
+        cwd=cwd,
+        env=variables(env),
+        timeout=timeout,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
+def write_pictures(folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)) -> Path:
+    """A folder as the hub serves it: captions.csv with these (image_path, caption) rows, and a small JPEG a path."""
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image_path", "caption"), *rows])
+    for number, path in enumerate(dict.fromkeys(path for path, _ in rows)):
+        picture = Image.effect_noise(size, 40).convert("RGB")  # noise: large enough to be cut in the middle
+        picture.paste((number * 40 % 256, number * 90 % 256, 200), (8, 8, 40, 32))
+        picture.save(folder / path, "JPEG", quality=90)
+    return folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+CAPTIONS = [
+    ("images/57870.jpg", "A restaurant has modern wooden tables and chairs."),
+    ("images/57870.jpg", "A long restaurant table with rattan rounded back chairs."),
+    ("images/384029.jpg", " A man preparing desserts in a kitchen covered in frosting. "),
+    ("images/222016.jpg", "a big red telephone booth that a man is standing in\n"),
+    ("images/384029.jpg", 'A chef says "done", wipes a plate,\r\nand smiles.'),
+    ("images/520950.jpg", "the kitchen is full of spices on the rack"),
+    ("images/69675.jpg", "厨房里有一张桌子，上面放着一盘水果。"),
+    ("images/57870.jpg", "a long table with a plant on top of it"),
+    ("images/547471.jpg", "A tan toilet and sink combination in a small room."),
+]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six small pictures, one with three captions and one with two, with the quirks of the real text."""
+    return write_pictures(tmp_path / "pictures", CAPTIONS)
+
+
+@pytest.fixture
+def hub(pictures: Path):
+    """A hub that serves `pictures`; at the end of the test the guard must have had nothing to refuse."""
+    with Hub(pictures) as server:
+        yield server
+        assert server.refusals() == [], "a script tried to leave this machine"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The empty folder that a user starts in."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"

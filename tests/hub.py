@@ -1,0 +1,362 @@
+"""A stand-in for every server the scripts talk to, on 127.0.0.1, for tests and for trying the scripts by hand.
+
+    python tests/hub.py FOLDER [MODEL_FOLDER]
+
+serves the pictures and captions of FOLDER (captions.csv with the columns image_path,caption) and, as
+Qwen/Qwen2-VL-2B-Instruct, the files of MODEL_FOLDER, prints the environment variables that lead the scripts here, and
+runs until Ctrl-C. It answers three hosts at once:
+
+ModelScope      /api/v1/models/OWNER/NAME/repo/files            listing with sizes and sha256
+                /api/v1/models/OWNER/NAME/repo?FilePath=        one file, with Range
+                /api/v1/datasets/OWNER/NAME/repo/tree           listing of the dataset's repository
+                /api/v1/datasets/OWNER/NAME/repo?FilePath=      its loader script, which names the table's address
+table's host    /open_data/coco_2014_caption/train2014.csv.zip  and the pictures beside it (train only)
+                /coco/2014/train.csv.zip                        the older address of the same table
+COCO's host     /train2014/COCO_train2014_000000000009.jpg
+                /annotations/annotations_trainval2014.zip
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+PORT = 8014  # by hand; a table fetched earlier names it, so it stays the same from start to start
+DATASET_ID = "modelscope/coco_2014_caption"
+MODEL_ID = "Qwen/Qwen2-VL-2B-Instruct"
+TABLE_FOLDER = "/open_data/coco_2014_caption"
+OLD_TABLE = "/coco/2014/train.csv.zip"
+ANNOTATIONS = "/annotations/annotations_trainval2014.zip"
+PICTURE_PATH = re.compile(r"(?:/open_data/coco_2014_caption)?/train2014/(COCO_train2014_\d{12}\.jpg)")
+REPOSITORY_PATH = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
+
+LOADER_SCRIPT = '''\
+"""COCO 2014 image captions, one caption a row."""
+
+import csv
+
+import datasets
+
+_DESCRIPTION = "Images of everyday scenes with captions written by people."
+_HOMEPAGE = "https://cocodataset.org"
+_URLS = {{
+    "train": "{folder}/train2014.csv.zip",
+    "validation": "{folder}/val2014.csv.zip",
+}}
+_FILES = {{"train": "train2014.csv", "validation": "val2014.csv"}}
+
+
+class Coco2014Caption(datasets.GeneratorBasedBuilder):
+    BUILDER_CONFIGS = [datasets.BuilderConfig(name="coco_2014_caption", version=datasets.Version("1.0.0"))]
+
+    def _info(self):
+        columns = {{name: datasets.Value("string") for name in ("uniq_id", "image_id", "caption")}}
+        columns["image"] = datasets.Image()
+        return datasets.DatasetInfo(_DESCRIPTION, homepage=_HOMEPAGE, features=datasets.Features(columns))
+
+    def _split_generators(self, dl_manager):
+        folders = dl_manager.download_and_extract(_URLS)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={{"path": f"{{folders[split]}}/{{_FILES[split]}}"}})
+            for split in ("train", "validation")
+        ]
+
+    def _generate_examples(self, path):
+        with open(path, encoding="utf-8", newline="") as file:
+            for key, row in enumerate(csv.DictReader(file)):
+                yield key, row
+'''
+
+
+class Hub:
+    """The server, a context manager. Everything it makes lies in a temporary folder that goes with it.
+
+    `requests` lists the paths asked for, in order. `faults` maps the beginning of a path to a function that is given
+    the handler and answers in its place: see `status`, `html` and `cut_short` below.
+    """
+
+    def __init__(self, pictures: Path | None = None, models: dict[str, Path] | None = None, port: int = 0):
+        self.port = port  # 0: any that is free
+        self.folder = Path(pictures) if pictures else None
+        self.models = {name: Path(path) for name, path in (models or {}).items()}
+        self.requests: list[str] = []
+        self.faults: dict[str, Callable[[Handler], None]] = {}
+        self.loader_script: str | None = None  # what the loader says; None: LOADER_SCRIPT with this hub's addresses
+
+    def __enter__(self) -> "Hub":
+        self._temporary = tempfile.TemporaryDirectory(prefix="hub_", ignore_cleanup_errors=True)
+        self.temporary = Path(self._temporary.name)
+        self.pictures = self._index() if self.folder else {}
+        self._making = threading.Lock()
+        self._server = Server(("127.0.0.1", self.port), Handler)
+        self._server.hub = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if self.loader_script is None:
+            self.loader_script = LOADER_SCRIPT.format(folder=self.url + TABLE_FOLDER)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._temporary.cleanup()
+
+    # What a script is started with
+
+    def environment(self) -> dict[str, str]:
+        """Variables that lead a script to this hub and nowhere else; to be added to those that are set already."""
+        guard = str(Path(__file__).resolve().parent / "guard")
+        variables = {
+            "MODELSCOPE_ENDPOINT": self.url,
+            "MODELSCOPE_CACHE": str(self.temporary / "modelscope"),
+            "MODELSCOPE_HOME": str(self.temporary / "modelscope_home"),
+            "HF_HOME": str(self.temporary / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, [guard, os.environ.get("PYTHONPATH")])),
+            "NETWORK_GUARD_LOG": str(self.temporary / "network_guard.log"),
+        }
+        proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        return variables | dict.fromkeys(proxies, "")
+
+    def constants(self, script: str) -> dict[str, object]:
+        """Constants of `script` that name other sources than ModelScope, pointed at this hub."""
+        if script != "data2csv.py":
+            return {}
+        return {
+            "TABLE_URLS": [f"{self.url}{TABLE_FOLDER}/train2014.csv.zip", self.url + OLD_TABLE],
+            "ANNOTATIONS_URL": self.url + ANNOTATIONS,
+            "OFFICIAL_IMAGE_URL": self.url + "/train2014/COCO_train2014_{image_id:012d}.jpg",
+        }
+
+    def refusals(self) -> list[str]:
+        """What the network guard refused to the scripts started with `environment()`."""
+        log = self.temporary / "network_guard.log"
+        return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+
+    # What is served
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """The (image_path, caption) rows of captions.csv, captions exactly as written there."""
+        with open(self.folder / "captions.csv", encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                yield row["image_path"], row["caption"]
+
+    def _index(self) -> dict[str, tuple[int, Path]]:
+        """image_path -> (image_id, file), as in captions.csv; the id is the file's name where that is a number."""
+        paths = list(dict.fromkeys(path for path, _ in self.rows()))
+        names = [Path(path).stem for path in paths]
+        by_name = all(name.isascii() and name.isdigit() for name in names) and len(set(map(int, names))) == len(names)
+        ids = map(int, names) if by_name else range(1, len(paths) + 1)
+        return {path: (image_id, self.folder / path) for path, image_id in zip(paths, ids, strict=True)}
+
+    @functools.cached_property
+    def official_names(self) -> dict[str, Path]:
+        return {official_name(image_id): file for image_id, file in self.pictures.values()}
+
+    def find(self, path: str, query: dict[str, list[str]]) -> Path | bytes | None:
+        """What stands at `path`: a file, some bytes, or None."""
+        if repository := REPOSITORY_PATH.fullmatch(path):
+            return self._find_in_repository(*repository.groups(), query)
+        if path == "/api/v1/repos/internalAccelerationInfo":
+            return as_json({})
+        if not self.folder:
+            return None
+        if picture := PICTURE_PATH.fullmatch(path):
+            file = self.official_names.get(picture[1])
+            return file if file and file.is_file() else None
+        if path in (TABLE_FOLDER + "/train2014.csv.zip", OLD_TABLE):
+            return self._made("train2014.csv.zip", "train2014.csv", self._write_table)
+        if path == ANNOTATIONS:
+            return self._made("annotations.zip", "annotations/captions_train2014.json", self._write_annotations)
+        return None
+
+    def _find_in_repository(self, kind: str, name: str, listing: str | None, query) -> Path | bytes | None:
+        if kind == "models" and name in self.models:
+            files = {file.relative_to(self.models[name]).as_posix(): file for file in walk(self.models[name])}
+        elif kind == "datasets" and name == DATASET_ID and self.folder:
+            script = self.temporary / "coco_2014_caption.py"
+            script.write_bytes(self.loader_script.encode())
+            files = {script.name: script}
+        else:
+            return None
+        if listing:
+            return as_json({"Files": [describe(path, file) for path, file in files.items()]})
+        return files.get(query.get("FilePath", [""])[0])
+
+    def _made(self, name: str, member: str, write: Callable[[io.TextIOBase], None]) -> Path:
+        """The zip archive `name`, made when it is first asked for."""
+        archive = self.temporary / name
+        with self._making:
+            if not archive.exists():
+                with zipfile.ZipFile(archive.with_suffix(".part"), "w", zipfile.ZIP_DEFLATED) as zipped:
+                    with io.TextIOWrapper(zipped.open(member, "w"), encoding="utf-8", newline="") as file:
+                        write(file)
+                os.replace(archive.with_suffix(".part"), archive)
+        return archive
+
+    def _write_table(self, file: io.TextIOBase) -> None:
+        """The table as ModelScope's: first one row an image, then the images' second captions, their third..."""
+        captions: dict[str, list[str]] = {path: [] for path in self.pictures}
+        for path, caption in self.rows():
+            captions[path].append(caption)
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["uniq_id", "image_id", "caption", "image"])
+        number = 0
+        for turn in range(max(map(len, captions.values()), default=0)):
+            for path, (image_id, _) in self.pictures.items():
+                if turn < len(captions[path]):
+                    url = f"{self.url}{TABLE_FOLDER}/train2014/{official_name(image_id)}"
+                    table.writerow([number, image_id, captions[path][turn], url])
+                    number += 1
+
+    def _write_annotations(self, file: io.TextIOBase) -> None:
+        """The captions in COCO's own format."""
+        images = [{"id": number, "file_name": official_name(number)} for number, _ in self.pictures.values()]
+        annotations = [
+            {"id": key, "image_id": self.pictures[path][0], "caption": caption}
+            for key, (path, caption) in enumerate(self.rows())
+        ]
+        json.dump({"info": {}, "licenses": [], "images": images, "annotations": annotations}, file)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that hung up (a killed script) is no error here; anything else is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD from the hub's `find`, unless one of its faults begins the path."""
+
+    protocol_version = "HTTP/1.1"  # keep-alive
+    disable_nagle_algorithm = True  # else each small answer waits 40 ms
+    wbufsize = 1 << 16
+    timeout = 60  # seconds an idle connection is kept
+
+    def do_GET(self) -> None:
+        hub = self.server.hub
+        hub.requests.append(self.path)
+        for beginning, fault in list(hub.faults.items()):
+            if self.path.startswith(beginning):
+                return fault(self)
+        self.answer()
+
+    do_HEAD = do_GET
+
+    def answer(self, share: float = 1.0) -> None:
+        """Answer truly; with `share` below 1 the promised length is whole, but the connection ends after that part."""
+        address = urlsplit(self.path)
+        found = self.server.hub.find(unquote(address.path), parse_qs(address.query))
+        if found is None:
+            return self.send(404, as_json(None, code=404))
+        if isinstance(found, bytes):
+            return self.send(200, found, "application/json", share)
+        size = found.stat().st_size
+        start = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(start[1]) if start else 0
+        last = min(int(start[2]), size - 1) if start and start[2] else size - 1
+        if start and first >= size:
+            return self.send(416, b"", headers={"Content-Range": f"bytes */{size}"})
+        headers = {"Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        with open(found, "rb") as file:
+            file.seek(first)
+            self.send(206 if start else 200, file, "application/octet-stream", share, last - first + 1, headers)
+
+    def send(self, code: int, body, kind: str = "text/plain", share: float = 1.0, length=None, headers=None) -> None:
+        """Send `body`: bytes, or a file that is open at its first byte, `length` bytes of it."""
+        if isinstance(body, bytes):
+            body, length = io.BytesIO(body), len(body)
+        self.send_response(code)
+        for name, value in {"Content-Type": kind, "Content-Length": length, **(headers or {})}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        left = int(length * share) if self.command == "GET" else 0
+        while left > 0 and (piece := body.read(min(left, 1 << 16))):
+            self.wfile.write(piece)
+            left -= len(piece)
+        self.close_connection = self.close_connection or share < 1
+
+    def log_message(self, *arguments) -> None:
+        """Silent: `requests` tells what was asked."""
+
+
+# Faults to put into Hub.faults
+
+
+def status(code: int) -> Callable[[Handler], None]:
+    return lambda handler: handler.send(code, b"no")
+
+
+def html(handler: Handler) -> None:
+    """The page with status 200 that hotel networks and captchas give in place of a file."""
+    handler.send(200, b"<!DOCTYPE html><html><body>Please log in.</body></html>", "text/html")
+
+
+def cut_short(handler: Handler) -> None:
+    handler.answer(share=1 / 3)
+
+
+def official_name(image_id: int) -> str:
+    return f"COCO_train2014_{image_id:012d}.jpg"
+
+
+def walk(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def describe(path: str, file: Path) -> dict:
+    """One file in a ModelScope listing."""
+    about = file.stat()
+    digest = sha256(file, about.st_size, about.st_mtime_ns)
+    return {"Path": path, "Name": file.name, "Type": "blob", "Size": about.st_size, "Sha256": digest}
+
+
+@functools.cache
+def sha256(file: Path, size: int, modified: int) -> str:
+    """Of a file of this size and time: a weights file is not read again for every listing."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def as_json(data, code: int = 200) -> bytes:
+    return json.dumps({"Code": code, "Success": code == 200, "Data": data}).encode()
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit("Usage: python tests/hub.py FOLDER [MODEL_FOLDER]")
+    models = {MODEL_ID: Path(sys.argv[2])} if len(sys.argv) == 3 else {}
+    if not (Path(sys.argv[1]) / "captions.csv").is_file():
+        raise SystemExit(f"{sys.argv[1]}: holds no captions.csv (columns image_path,caption).")
+    with Hub(Path(sys.argv[1]), models, PORT) as hub:
+        print(f"# {len(hub.pictures)} pictures, {len(models)} model at {hub.url}, until Ctrl-C", flush=True)
+        for name, value in hub.environment().items():
+            print(f"set {name}={value}" if os.name == "nt" else f"export {name}='{value}'", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            print(f"# {len(hub.requests)} requests answered")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The stand-ins themselves: with a hub that answers wrongly or a guard that lets through, no other test would count."""
+
+import hashlib
+import json
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import requests
+from conftest import run_script, variables
+from hub import MODEL_ID, Hub
+
+
+def test_modelscope_client_takes_and_resumes_a_model(tmp_path):
+    """The real client must accept the listing and the files, and its resume must get the right bytes by Range."""
+    model = tmp_path / "model"
+    (model / "sub").mkdir(parents=True)
+    (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    (model / "sub" / "weights.bin").write_bytes(bytes(range(256)) * 400)
+    code = (
+        f"from modelscope_hub.compat import snapshot_download as get; get({MODEL_ID!r}, local_dir='m', cache_dir='c')"
+    )
+    with Hub(None, {MODEL_ID: model}) as hub:
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables(hub.environment()), check=True)
+        rest = requests.get(
+            f"{hub.url}/api/v1/models/{MODEL_ID}/repo?FilePath=sub/weights.bin",
+            headers={"Range": "bytes=1000-"},
+            timeout=5,
+        )
+        listing = requests.get(f"{hub.url}/api/v1/models/{MODEL_ID}/repo/files", timeout=5).json()
+        assert requests.get(f"{hub.url}/api/v1/models/some/thing/repo/files", timeout=5).status_code == 404
+        assert hub.refusals() == []
+    weights = (model / "sub" / "weights.bin").read_bytes()
+    assert (tmp_path / "m" / "sub" / "weights.bin").read_bytes() == weights
+    assert rest.status_code == 206 and rest.content == weights[1000:]
+    assert listing["Data"]["Files"][1]["Sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_guard_refuses_and_remembers(tmp_path):
+    """A test without network proves nothing unless leaving the machine really fails and is seen even when swallowed."""
+    code = """
+import requests, socket
+for attempt in (
+    lambda: requests.get("http://example.org", timeout=2),
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=2),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+):
+    try:
+        attempt()
+    except OSError as error:
+        print("guard" in str(error))
+"""
+    with Hub(None) as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=variables(hub.environment()), capture_output=True, text=True
+        )
+        assert run.stdout.split() == ["True", "True", "True"]
+        assert len(hub.refusals()) == 3
+        url = f"{hub.url}/api/v1/repos/internalAccelerationInfo"
+        local = f"import urllib.request; print(urllib.request.urlopen({url!r}).status)"
+        run = subprocess.run([sys.executable, "-c", local], env=variables(hub.environment()), capture_output=True)
+        assert run.stdout.split() == [b"200"] and len(hub.refusals()) == 3
+
+
+def test_launch_refuses_an_unknown_constant(tmp_path):
+    """A renamed constant must not leave a test running on the default."""
+    (tmp_path / "script.py").write_text("A = 1\ndef main():\n    print(A)\n", encoding="utf-8")
+    assert run_script("script.py", tmp_path, {}, A=[2, "é"]).stdout == "[2, 'é']\n"
+    run = run_script("script.py", tmp_path, {}, B=2)
+    assert run.returncode != 0 and "no constant named B" in run.stderr and run.stdout == ""
+
+
+def test_launch_sets_constants_in_spawned_workers_too(tmp_path):
+    """A spawned worker imports the script anew: with its defaults, a test on Windows would test something else."""
+    (tmp_path / "script.py").write_text(
+        "import json, multiprocessing\nA = 1\n"
+        "def work(number):\n    return number * A\n"
+        "def main():\n    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(json.dumps(pool.map(work, [1, 2])))\n",
+        encoding="utf-8",
+    )
+    assert "spawn" in multiprocessing.get_all_start_methods()
+    run = run_script("script.py", tmp_path, {}, A=10)
+    assert run.returncode == 0 and json.loads(run.stdout) == [10, 20], run.stderr
+
+
+def test_pictures_without_number_names_are_enumerated(tmp_path):
+    """Any folder can be served: a file name that is no number must still get an image_id of its own."""
+    Path(tmp_path / "captions.csv").write_text("image_path,caption\nb.jpg,one\na.jpg,two\nb.jpg,three\n", "utf-8")
+    with Hub(tmp_path) as hub:
+        assert {path: number for path, (number, _) in hub.pictures.items()} == {"b.jpg": 1, "a.jpg": 2}
