@@ -589,9 +589,9 @@ def compare(model, collator, table):
 def publish(results, collator):
     """Show the results: table on the terminal, gallery in report.html, both in SwanLab."""
     scores = pandas.DataFrame(results["scores"])
-    page = "<!doctype html><meta charset=utf-8><style>td { padding: 6px; vertical-align: top }</style>"
-    page += f"<title>{SWANLAB_EXPERIMENT}</title><h1>Pictures that the model was not trained on</h1>"
-    page += scores.to_html(float_format="%.3f") + "<table><tr><th>picture<th>people<th>before<th>after"
+    style = "* { font-family: sans-serif } td { padding: 6px 12px; vertical-align: top } img { height: 180px }"
+    page = f"<!doctype html><meta charset=utf-8><title>{SWANLAB_EXPERIMENT}</title><style>{style}</style>"
+    page += scores.to_html(float_format="{:.3f}".format) + "<table><tr><th>held out<th>people<th>before<th>after"
     gallery = []
     for row in results["captions"]:
         page += "<tr><td>"

@@ -31,7 +31,7 @@ CONSTANTS = {
     "train.py": {
         "IMAGE_SIZE": 112,  # what the small model was made for
         "TEST_IMAGES": 40,
-        "EPOCHS": 20,
+        "EPOCHS": 15,
         "LEARNING_RATE": 1e-2,  # high, as it suits so small a model
         "SWANLAB_MODE": "local",
         "EVAL_BATCH_SIZE": 20,

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def another(prepared: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(prepared, served):
     """The folder after train.py, and what that printed."""
-    done = train(prepared, served)
+    done = train(prepared, served, MERGE_ADAPTER=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return prepared, done.stdout + done.stderr
 
@@ -188,3 +189,52 @@ def test_two_processes_learn_the_same(undisturbed, served, tmp_path):
         state = json.loads((folder / name / "checkpoint-6/trainer_state.json").read_text(encoding="utf-8"))
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["Chinese", "English"])
+def test_readme_captions_a_picture(undisturbed, served, part):
+    """Guards the first thing a user does afterwards: README's code gives what the evaluation gave, merged or not."""
+    folder, _ = undisturbed
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8").split("\n# English\n")[part]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
+    row = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))["captions"][0]
+    assert code.count('"coco_2014_caption/9.jpg"') == 1 and "merged" in code
+    code = code.replace('"coco_2014_caption/9.jpg"', repr(row["pictures"][0])).replace(
+        "128", str(SMALL["MAX_NEW_TOKENS"])
+    )
+    environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
+    options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 200}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == [row["after"]["caption"]] * 2
+
+
+def test_readme_names_what_exists():
+    """Guards README against rot: scripts, pins and pictures that it names are those of the project."""
+    root = TESTS.parent
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for script in set(re.findall(r"(?:tests/)?\w+\.py", readme)):
+        assert (root / script).is_file(), script
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):
+        assert (root / picture).is_file(), picture
+    pins = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==([\d.]+)", (root / "requirements.txt").read_text(), re.MULTILINE))
+    table = readme[readme.index("## 版本") : readme.index("## 参考资料")]
+    named = re.findall(r"^\| ([\w-]+(?:、[\w-]+)*) \| [^|]* \| (\d[\d.]*(?:、\d[\d.]*)*) \|", table, re.MULTILINE)
+    assert len(named) >= 7
+    for packages, versions in named:
+        for package, version in zip(packages.split("、"), versions.split("、"), strict=True):
+            assert pins[package] == version, package
+
+
+def test_the_rehearsal_keeps_its_promise(tmp_path):
+    """Guards README's claim: terse captions exactly right on at least 90 % of unseen scenes, before on none."""
+    options = {
+        "cwd": tmp_path,
+        "env": variables({"TMPDIR": str(tmp_path)}),
+        "capture_output": True,
+        "encoding": "utf-8",
+    }
+    done = subprocess.run([sys.executable, str(TESTS / "demo.py")], timeout=580, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = re.search(r"exactly right +([\d.]+) \| ([\d.]+)", done.stdout).groups()
+    assert float(before) == 0 and float(after) >= 0.9
