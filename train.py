@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from itertools import cycle, groupby
@@ -111,12 +112,10 @@ def check_constants():
 
 def load_processor():
     """Load processor (tokenizer, chat template, image processor) and configuration of MODEL_FOLDER; no weights yet."""
-    if not (Path(MODEL_FOLDER) / "config.json").is_file():
-        raise SystemExit(f"{MODEL_FOLDER} holds no model: run load_model.py first, or set MODEL_FOLDER.")
-    config = transformers.AutoConfig.from_pretrained(MODEL_FOLDER, local_files_only=True)
-    if config.model_type != "qwen2_vl":
-        raise SystemExit(f"{MODEL_FOLDER} holds a {config.model_type} model, not Qwen2-VL: set MODEL_FOLDER.")
-    return transformers.AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True), config
+    config = Path(MODEL_FOLDER) / "config.json"
+    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "qwen2_vl":
+        raise SystemExit(f"{MODEL_FOLDER} holds no Qwen2-VL model: run load_model.py first, or set MODEL_FOLDER.")
+    return [kind.from_pretrained(MODEL_FOLDER) for kind in (transformers.AutoProcessor, transformers.AutoConfig)]
 
 
 def locate_picture(name):
@@ -382,10 +381,10 @@ def load_model(dtype):
 
 
 def plan_memory(model, table):
-    """Estimate a training step on the longest samples, print it, and settle GRADIENT_CHECKPOINTING by it.
+    """Estimate a step on the longest samples, settle GRADIENT_CHECKPOINTING by it; returns that and bytes by part.
 
-    What a token keeps in a layer until its backward pass was counted: float32 inputs of two norms; query, key, value,
-    output and the MLP's tensors; the adapters' inputs with their dropout masks. Returns (checkpointing, bytes by part).
+    Counted: a token keeps in each layer the float32 inputs of two norms; query, key, value, output and the MLP's
+    tensors; the adapters' inputs with their dropout masks.
     """
     text, size = model.config.text_config, model.dtype.itemsize
     tokens = BATCH_SIZE * max(table["tokens"])
@@ -446,7 +445,7 @@ def last_checkpoint():
     for folder in Path(OUTPUT_FOLDER).glob("checkpoint-*"):
         try:  # the Trainer writes this file last
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            complete[state["global_step"]] = folder
+            complete[state["global_step"]] = str(folder)
         except (OSError, ValueError):
             print(f"{folder} is incomplete (the run was stopped while writing it): left out.")
     return complete[max(complete)] if complete else None
@@ -456,10 +455,9 @@ def settle_run(train, test):
     """Describe this run in run.json, and refuse to mix it with another one that OUTPUT_FOLDER holds."""
     records = json.dumps([[conversation["record"] for conversation in part] for part in (train, test)])
     prompts = {picture_marker.sub("<picture>", c["record"]["conversations"][0]["value"]) for c in train}
-    packages = ("torch", "transformers", "peft", "accelerate", "qwen-vl-utils", "swanlab")
     run = {"constants": {name: value for name, value in globals().items() if name.isupper()}}
     run |= {"prompts": sorted(prompts)[:10], "data_sha256": hashlib.sha256(records.encode()).hexdigest()}
-    run |= {"versions": {package: importlib.metadata.version(package) for package in packages}}
+    run |= {"versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
     path = Path(OUTPUT_FOLDER) / "run.json"
     if path.is_file() and any(path.parent.glob("checkpoint-*")):  # else nothing was trained yet
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -473,8 +471,24 @@ def settle_run(train, test):
     return run
 
 
-class SeedEachStep(transformers.TrainerCallback):
-    """Let dropout depend on the step alone, so that a resumed run draws what an undisturbed one would."""
+class Rehearsal(transformers.TrainerCallback):
+    """Say what is about to happen and try the heaviest pass; seed each step, so that a resumed run draws the same."""
+
+    def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
+        table, steps = train_dataloader.dataset, state.max_steps - state.global_step
+        (trainable, total), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
+        print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} of {total:,} parameters")
+        resuming = f"; resuming at step {state.global_step}" if state.global_step else ""
+        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures{resuming}")
+        longest = sorted(range(len(table)), key=table["tokens"].__getitem__)[-BATCH_SIZE:]
+        batch = train_dataloader.collate_fn(table.select(longest))
+        for _ in range(2):  # the first pass only warms up
+            start = time.monotonic()
+            model(**{name: tensor.to(args.device) for name, tensor in batch.items()}, use_cache=False).loss.backward()
+            model.zero_grad()
+        minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * steps
+        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if model.device.type == "cuda" else ""
+        print(f"Tried the heaviest pass, {max(table['tokens'])} tokens a row: {minutes:.0f} minutes at most{peak}\n")
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
@@ -516,20 +530,8 @@ def build_trainer(model, collator, train_table, test_table, checkpointing):
         report_to="none",  # tracking() does that
         seed=SEED,
     )
-    own = {"processing_class": collator.processor, "callbacks": [SeedEachStep()]}
+    own = {"processing_class": collator.processor, "callbacks": [Rehearsal()]}
     return transformers.Trainer(model, arguments, collator, train_table, test_table, **own)
-
-
-def announce(trainer, checkpoint):
-    """Print what is about to happen, in numbers."""
-    table, step = trainer.train_dataset, BATCH_SIZE * GRADIENT_ACCUMULATION
-    epoch, captions = math.ceil(len(table) / step), sum(map(len, table["answers"]))
-    trainable, total = trainer.model.get_nb_trainable_parameters()
-    print(f"{len(table)} pictures with {captions} captions to train on, {len(trainer.eval_dataset)} pictures held out")
-    print(f"{(IMAGE_SIZE // 28) ** 2} tokens a picture, {max(table['tokens'])} tokens in the longest sequence")
-    print(f"{step} pictures a step, {epoch} steps an epoch, {math.ceil(EPOCHS * epoch)} steps in all")
-    print(f"{trainable:,} of {total:,} parameters are trained; results go to {OUTPUT_FOLDER}")
-    print(f"Resuming at step {checkpoint.name.rpartition('-')[2]}" if checkpoint else "")
 
 
 def save_model(model, processor, folder):
@@ -606,8 +608,8 @@ def publish(results, collator):
     if swanlab.has_run():
         swanlab.log({f"scores/{name} {when}": value for when in scores for name, value in scores[when].items()})
         swanlab.log({"gallery": gallery})
-    print(f"\n{len(results['captions'])} held-out pictures\n{scores.to_string(float_format='{:.3f}'.format)}")
-    print(f"Gallery: {(Path(OUTPUT_FOLDER) / 'report.html').absolute()}")
+    print(f"\n{len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
+    print(scores.to_string(float_format="{:.3f}".format))
 
 
 def main():
@@ -629,14 +631,12 @@ def main():
     train_table, test_table = build_table(train, "train", MAX_LENGTH), build_table(test, "test", math.inf)
     collator = CaptionCollator(processor, config, IMAGE_SIZE)
     show_sample(collator, train_table[0])
+    print(f"{len(train_table)} pictures to train on, {len(test_table)} held out; results go to {OUTPUT_FOLDER}")
 
     model = load_model(dtype).to(device)
-    checkpointing, _ = plan_memory(model, train_table)
-    trainer = build_trainer(model, collator, train_table, test_table, checkpointing)
-    checkpoint = last_checkpoint()
-    announce(trainer, checkpoint)
+    trainer = build_trainer(model, collator, train_table, test_table, plan_memory(model, train_table)[0])
     with tracking(trainer, run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=last_checkpoint())
         if trainer.is_world_process_zero():
             save_model(model, processor, output)
             results = compare(model, collator, test_table)
