@@ -356,8 +356,7 @@ def choose_device():
     if not torch.cuda.is_available():
         print("No CUDA card: on the CPU, in float32. Fine for a trial of a small model; the real one would take days.")
         return PartialState(cpu=True).device, torch.float32
-    cards = torch.cuda.device_count()
-    if cards > 1 and "LOCAL_RANK" not in os.environ:
+    if (cards := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
         # left to itself the Trainer would spread each batch over all cards by threads, slower than one card alone
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         print(f"{cards} cards are visible, one is used. All of them: torchrun --nproc_per_node={cards} train.py")
@@ -405,8 +404,8 @@ def plan_memory(model, table):
     checkpointing = sum(parts.values()) > free if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING
     parts["activations"] = recomputed if checkpointing else parts["activations"]
     needed = f"{sum(parts.values()) / 2**30:.2f} GiB of {free / 2**30:.1f}"
-    parts_text = ", ".join(f"{name} {part / 2**30:.2f}" for name, part in parts.items())
-    print(f"Expected memory: {needed}, checkpointing {'on' if checkpointing else 'off'}: {parts_text}")
+    by_part = {name: round(part / 2**30, 2) for name, part in parts.items()}
+    print(f"Expected memory: {needed}, checkpointing {'on' if checkpointing else 'off'}, {by_part}")
     if sum(parts.values()) > free:
         raise SystemExit(f"That takes {needed}: lower BATCH_SIZE or IMAGE_SIZE, or end what else uses the card.")
     return checkpointing, parts
@@ -478,17 +477,18 @@ class Rehearsal(transformers.TrainerCallback):
         table, steps = train_dataloader.dataset, state.max_steps - state.global_step
         (trainable, total), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
         print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} of {total:,} parameters")
-        resuming = f"; resuming at step {state.global_step}" if state.global_step else ""
-        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures{resuming}")
+        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures, from {state.global_step} on")
         longest = sorted(range(len(table)), key=table["tokens"].__getitem__)[-BATCH_SIZE:]
         batch = train_dataloader.collate_fn(table.select(longest))
         for _ in range(2):  # the first pass only warms up
             start = time.monotonic()
-            model(**{name: tensor.to(args.device) for name, tensor in batch.items()}, use_cache=False).loss.backward()
+            inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
+            model.train()(**inputs, use_cache=False).loss.backward()
             model.zero_grad()
+            torch.get_device_module(args.device).synchronize()
         minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * steps
-        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if model.device.type == "cuda" else ""
-        print(f"Tried the heaviest pass, {max(table['tokens'])} tokens a row: {minutes:.0f} minutes at most{peak}\n")
+        peak = (torch.cuda.max_memory_allocated() + 8 * trainable) / 2**30  # Adam's two numbers are still to come
+        print(f"Tried the heaviest pass: at most {minutes:.0f} minutes, {peak:.2f} GiB of the card\n")
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
@@ -614,6 +614,8 @@ def publish(results, collator):
 
 def main():
     check_constants()
+    sys.stdout.reconfigure(errors="replace")  # not every console knows every character of a caption
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every worker process
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -622,8 +624,7 @@ def main():
     processor, config = load_processor()
     train, test = split_by_picture(read_conversations(processor))
     run = settle_run(train, test)
-    output = Path(OUTPUT_FOLDER)
-    if (output / "results.json").is_file() and (not MERGE_ADAPTER or (output / "merged").is_dir()):
+    if Path(OUTPUT_FOLDER, "results.json").is_file() and (not MERGE_ADAPTER or Path(OUTPUT_FOLDER, "merged").is_dir()):
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
     for path, part in ((TRAIN_JSON, train), (TEST_JSON, test)):
@@ -632,18 +633,17 @@ def main():
     collator = CaptionCollator(processor, config, IMAGE_SIZE)
     show_sample(collator, train_table[0])
     print(f"{len(train_table)} pictures to train on, {len(test_table)} held out; results go to {OUTPUT_FOLDER}")
-
     model = load_model(dtype).to(device)
     trainer = build_trainer(model, collator, train_table, test_table, plan_memory(model, train_table)[0])
     with tracking(trainer, run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=last_checkpoint())
         if trainer.is_world_process_zero():
-            save_model(model, processor, output)
+            save_model(model, processor, OUTPUT_FOLDER)
             results = compare(model, collator, test_table)
             publish(results, collator)
             if MERGE_ADAPTER:
-                save_model(model.merge_and_unload(), processor, output / "merged")
-            write_file(output / "results.json", results)  # last: with it the run counts as finished
+                save_model(model.merge_and_unload(), processor, f"{OUTPUT_FOLDER}/merged")
+            write_file(f"{OUTPUT_FOLDER}/results.json", results)  # last: with it the run counts as finished
 
 
 if __name__ == "__main__":

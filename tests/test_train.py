@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TESTS
 from PIL import Image
 from scenes import all_scenes, draw
@@ -174,6 +175,28 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
     assert abs(model(**{**batch, "attention_mask": causal}, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
     late = {**batch, "logits_to_keep": batch["logits_to_keep"].roll(1, 1)}
     assert abs(model(**late, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
+
+
+def test_checkpointing_changes_memory_only(train, collator, model, pictures, monkeypatch):
+    """Guards the 8 GB card: with gradients recomputed from the shared prompt they stay the same, and none is lost."""
+    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    model(**batch, use_cache=False).loss.backward()
+    plain = gradients(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            monkeypatch.setattr(module, "p", 0.0)
+    model.train()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        model(**batch, use_cache=False).loss.backward()
+    finally:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.eval()
+    recomputed = gradients(model)
+    assert recomputed.keys() == plain.keys() and all(plain[name].any() for name in plain)
+    assert max((recomputed[name] - plain[name]).abs().max().item() for name in plain) < 1e-5
 
 
 def test_pictures_of_different_sizes_in_one_batch(train, collator, model, pictures, monkeypatch):
@@ -344,3 +367,79 @@ def test_scores_are_cocos_own(train):
     assert swapped["CIDEr"] < 0.1 and swapped["BLEU-4"] < 0.1
     chinese = train.score([{"caption": "一只猫", "ended": True}] * 2, [["一只猫"], ["两只狗"]])
     assert 0 < chinese["ROUGE-L"] < 1, "characters count as words, or nothing Chinese would ever agree"
+
+
+def test_workers_can_be_spawned(train, collator, pictures, monkeypatch):
+    """Guards Windows: there a worker is a new process that gets the collator pickled, and no constant of this one."""
+    monkeypatch.syspath_prepend(str(TESTS.parent))
+    data = samples(train, collator, about("one.jpg", "a red star"), about("two.jpg", "a small circle"))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"
+    )
+    [batch] = loader
+    for name, tensor in collator(data).items():
+        assert torch.equal(batch[name], tensor), name
+
+
+class Matmuls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the dtypes of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            self.dtypes.append({arg.dtype for arg in args if isinstance(arg, torch.Tensor)})
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_matrix_product_in_float32_under_autocast(train, collator, pictures):
+    """Guards the speed: LoRA's weights are float32, and without autocast every product with them would be too."""
+    model = train.load_model(torch.bfloat16)
+    assert {p.dtype for name, p in model.named_parameters() if "lora" in name} == {torch.float32}
+    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    with Matmuls() as products, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch, use_cache=False).loss.backward()
+    assert len(products.dtypes) > 50 and all(dtypes == {torch.bfloat16} for dtypes in products.dtypes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_estimate_against_a_counted_run(train, collator, monkeypatch, capsys, checkpointing):
+    """Guards the estimate: what autograd keeps in a pass of the real proportions, byte by byte, within 10 %."""
+    text = {"hidden_size": 768, "intermediate_size": 4480, "num_hidden_layers": 6, "num_attention_heads": 6}
+    text |= {"num_key_value_heads": 1, "vocab_size": 8000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 768}
+    config = type(collator.config)(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    base = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda *args, **kwargs: base)
+    monkeypatch.setattr(train, "BATCH_SIZE", 2)
+    monkeypatch.setattr(train, "LORA_RANK", 16)
+    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", checkpointing)
+    model = train.load_model(torch.bfloat16).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    rows, supervised, owned = 140, 70, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    mask = torch.ones(2, 1, rows, rows, dtype=torch.bool).tril()
+    labels = torch.arange(2 * rows).reshape(2, rows) % rows >= rows - supervised
+    batch = {"input_ids": torch.randint(3, 8000, (2, rows)), "attention_mask": mask, "logits_to_keep": labels}
+    batch |= {"labels": labels.long(), "shift_labels": torch.randint(3, 8000, (2 * supervised,)), "use_cache": False}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    counted = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in owned)
+    chosen, parts = train.plan_memory(model, {"tokens": [rows], "prompt_tokens": [rows - supervised]})
+    assert chosen is checkpointing
+    expected = parts["activations"]
+    if checkpointing:  # the layer that is computed again in the backward pass is not kept by the forward pass
+        expected -= 2 * rows * (768 * 52 + 4480 * 12 + 7 * 16 * 2)
+    # outside the layers: the softmax, of all logits the part that is kept, and the input of the last norm, in float32
+    expected += 2 * supervised * 8000 * 4 + 2 * rows * 768 * 4
+    assert counted == pytest.approx(expected, rel=0.1)
