@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 import zipfile
 import zlib
@@ -215,6 +216,7 @@ def write_csv(table: pd.DataFrame, chosen: list[int]) -> pd.DataFrame:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # not every console knows every character of an error message
     check_constants()
     signal.signal(signal.SIGINT, stop)
     start = time.monotonic()

@@ -75,7 +75,7 @@ DATALOADER_WORKERS = "auto"  # processes that open pictures; 0: none; "auto": by
 EVAL_BATCH_SIZE = 8  # pictures captioned at once
 MAX_NEW_TOKENS = 128  # a caption that doesn't end by itself is cut here
 LOG_STEPS = 5  # optimizer steps between two points of the curves
-SAVE_STEPS = 100  # optimizer steps between checkpoints; the last step is always saved
+SAVE_STEPS = 100  # optimizer steps between checkpoints; the end of an epoch is always saved
 KEEP_CHECKPOINTS = 2  # older ones are deleted
 OUTPUT_FOLDER = "output/Qwen2-VL-2B"
 MERGE_ADAPTER = False  # True: also write merged/, the model with the adapter folded in (as large as the model)
@@ -97,12 +97,12 @@ def check_constants():
     counts += " MAX_NEW_TOKENS LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS SWANLAB_TIMEOUT"
     for names, is_legal, legal in (
         (counts, lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
-        ("EPOCHS LEARNING_RATE", lambda value: value > 0, "above 0"),
-        ("LORA_DROPOUT WARMUP", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        ("IMAGE_SIZE", lambda value: value >= 28 and value % 28 == 0, "a multiple of 28, the side of one token"),
+        ("EPOCHS LEARNING_RATE", lambda value: isinstance(value, int | float) and value > 0, "a number above 0"),
+        ("LORA_DROPOUT WARMUP", lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
+        ("IMAGE_SIZE", lambda value: value in range(56, 9999, 28), "56, 84, 112, ...: a multiple of 28"),
         ("ON_BAD_SAMPLE", lambda value: value in ("stop", "drop"), '"stop" or "drop"'),
         ("GRADIENT_CHECKPOINTING", lambda value: value in (True, False, "auto"), 'True, False or "auto"'),
-        ("DATALOADER_WORKERS", lambda value: value == "auto" or value >= 0, '"auto", 0 or more'),
+        ("DATALOADER_WORKERS", lambda value: value == "auto" or value in range(999), '"auto", 0 or more'),
         ("SWANLAB_MODE", lambda value: value in "auto online local offline disabled".split(), "a mode named there"),
     ):
         for name in names.split():
@@ -126,17 +126,15 @@ def locate_picture(name):
         return name
     name = url2pathname(name.removeprefix("file://")) if name.startswith("file://") else name
     path = Path(DATA_JSON).absolute().parent / name.replace("\\", "/")  # the folder falls away from an absolute name
-    if not path.is_file():
-        raise ValueError(f"the picture {name} is not there")
+    try:
+        Image.open(path).close()  # its head alone; csv2json.py decodes all of it
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture {name} can't be opened: {error}") from None
     return str(path)
 
 
 def parse_record(record, processor):
-    """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on.
-
-    Returns {"record", "names" of pictures as written, "pictures" as paths, "prompt": chat_pieces() without the last,
-    which is "answer", and "prompt_tokens", "answer_tokens"}.
-    """
+    """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on."""
     messages, names = [], []
     try:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -167,9 +165,9 @@ def parse_record(record, processor):
 
 
 def chat_pieces(processor, messages):
-    """Write a conversation as the chat template does, cut into [prompt, answer, prompt, answer, ...].
+    """Cut a conversation, as the chat template writes it, into [prompt, answer, prompt, answer, ...].
 
-    A prompt ends in "<|im_start|>assistant" and a line break, an answer in <|im_end|>, which has to be learned too.
+    An answer includes the <|im_end|> that ends it, which the model has to learn too.
     """
     pieces, written = [], ""
     for turn in range(1, len(messages), 2):
@@ -202,10 +200,7 @@ def read_conversations(processor):
 
 
 def split_by_picture(conversations):
-    """Hold out TEST_IMAGES pictures with everything said about them, so that none is ever on both sides.
-
-    The pictures with the smallest hash are taken: the same ones on every run, and nearly so when pictures are added.
-    """
+    """Hold out the TEST_IMAGES pictures of smallest hash, the same on every run, with everything said about them."""
     names = {name for conversation in conversations for name in conversation["names"]}
     held_out = set(sorted(names, key=lambda name: hashlib.sha256(f"{SEED}:{name}".encode()).digest())[:TEST_IMAGES])
     test, train, size = [], conversations, 0
@@ -229,10 +224,7 @@ def write_file(path, content):
 
 
 def build_table(conversations, name, most_tokens):
-    """Gather the captions of a prompt, up to most_tokens together, in a memory-mapped table that workers share.
-
-    Returns a Dataset of {"pictures": [paths], "prompt": [str], "answers": [str], "prompt_tokens", "tokens"}.
-    """
+    """Gather the captions of a prompt, up to most_tokens together, in a memory-mapped table that workers share."""
     samples, latest = [], {}
     for conversation in conversations:
         key = (*conversation["pictures"], *conversation["prompt"])
@@ -314,7 +306,7 @@ class CaptionCollator:
         return batch | {"attention_mask": (batch.pop("captions") >= 0).long()}
 
     def __call__(self, samples):
-        """Build a training batch: B rows of T tokens, N of them supervised.
+        """Build a training batch, B rows of T tokens, N of them supervised.
 
         Returns encode()'s tensors; attention_mask (B, 1, T, T) bool, True where a token (row) sees another (column);
         position_ids (3, B, T); logits_to_keep (B, T) bool with N True; shift_labels (N,), what those predict.
@@ -347,7 +339,7 @@ def show_sample(collator, sample):
     for is_answer, run in groupby(tokens, key=lambda pair: pair[0]):
         part = collator.processor.tokenizer.decode([token for _, token in run])
         text += f"[[{part}]]" if is_answer else part
-    text = re.sub(r"(<\|image_pad\|>)+", lambda run: f"<|image_pad|> x {run[0].count('|>')}", text)
+    text = text.replace("<|image_pad|>" * (pads := (IMAGE_SIZE // 28) ** 2), f"<|image_pad|> x {pads}")
     print(f"\nA sample as the model gets it, what is supervised in [[ ]]:\n{text}\n")
 
 
@@ -357,8 +349,6 @@ def choose_device():
         print("No CUDA card: on the CPU, in float32. Fine for a trial of a small model; the real one would take days.")
         return PartialState(cpu=True).device, torch.float32
     if (cards := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
-        # left to itself the Trainer would spread each batch over all cards by threads, slower than one card alone
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         print(f"{cards} cards are visible, one is used. All of them: torchrun --nproc_per_node={cards} train.py")
     torch.set_float32_matmul_precision("high")  # TF32 for what is computed in float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -373,6 +363,7 @@ def load_model(dtype):
     layers = {name.rpartition(".")[2] for name, _ in model.model.language_model.named_modules()}
     if unknown := sorted(set(LORA_TARGETS) - layers):
         raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
+    model.config.text_config.use_cache = False  # nothing is read twice in training; generate() sets its own
     # the vision tower is frozen: without a graph for it nothing of it is kept, recomputed or back-propagated
     model.model.visual.forward = torch.no_grad()(model.model.visual.forward)
     lora = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": LORA_DROPOUT, "target_modules": LORA_TARGETS}
@@ -380,11 +371,8 @@ def load_model(dtype):
 
 
 def plan_memory(model, table):
-    """Estimate a step on the longest samples, settle GRADIENT_CHECKPOINTING by it; returns that and bytes by part.
-
-    Counted: a token keeps in each layer the float32 inputs of two norms; query, key, value, output and the MLP's
-    tensors; the adapters' inputs with their dropout masks.
-    """
+    """Estimate a step on the longest samples, settle GRADIENT_CHECKPOINTING by it; returns that and bytes by part."""
+    # counted on a CPU: what a token keeps in each layer, the adapters' float32 inputs and dropout masks included
     text, size = model.config.text_config, model.dtype.itemsize
     tokens = BATCH_SIZE * max(table["tokens"])
     supervised = BATCH_SIZE * max(all_ - own for all_, own in zip(table["tokens"], table["prompt_tokens"], strict=True))
@@ -400,12 +388,11 @@ def plan_memory(model, table):
     }
     # the loaded weights count as free, since the estimate has them too
     on_card = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() - 2**29 if on_card else math.inf
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() if on_card else math.inf
     checkpointing = sum(parts.values()) > free if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING
     parts["activations"] = recomputed if checkpointing else parts["activations"]
     needed = f"{sum(parts.values()) / 2**30:.2f} GiB of {free / 2**30:.1f}"
-    by_part = {name: round(part / 2**30, 2) for name, part in parts.items()}
-    print(f"Expected memory: {needed}, checkpointing {'on' if checkpointing else 'off'}, {by_part}")
+    print(f"Expected memory: {needed}, checkpointing {checkpointing}; MiB:", {n: p >> 20 for n, p in parts.items()})
     if sum(parts.values()) > free:
         raise SystemExit(f"That takes {needed}: lower BATCH_SIZE or IMAGE_SIZE, or end what else uses the card.")
     return checkpointing, parts
@@ -415,17 +402,19 @@ def plan_memory(model, table):
 def tracking(trainer, constants):
     """Let SwanLab record what the Trainer logs; whatever is wrong with SwanLab is printed, and training goes on."""
     os.environ.pop("SWANLAB_PROJECT", None)  # SwanLab refuses to start where it is set; the constant says it anyway
-    mode = SWANLAB_MODE if SWANLAB_MODE != "auto" else "online" if swanlab.Settings().api_key else "local"
-    probe = swanlab.Settings.Probe(runtime=SHARE_MACHINE_INFO, git=SHARE_MACHINE_INFO, requirements=SHARE_MACHINE_INFO)
+    probe = dict.fromkeys(("runtime", "git", "requirements"), SHARE_MACHINE_INFO)
     run = {"project": SWANLAB_PROJECT, "name": SWANLAB_EXPERIMENT, "config": constants}
-    run |= {"settings": swanlab.Settings(interactive=False, probe=probe)}  # interactive: would wait for a key
-    for attempt in (mode, "offline"):  # offline: recorded on disk, for swanlab sync to upload
+    for mode in (SWANLAB_MODE, "offline"):  # offline: recorded on disk, for swanlab sync to upload
         try:
-            ThreadPool(1).apply_async(swanlab.init, kwds={"mode": attempt, **run}).get(SWANLAB_TIMEOUT)
+            settings = swanlab.Settings(interactive=False, probe=swanlab.Settings.Probe(**probe))  # it asks for no key
+            if mode == "auto":
+                mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
+            run |= {"mode": mode, "settings": settings}
+            ThreadPool(1).apply_async(swanlab.init, kwds=run).get(SWANLAB_TIMEOUT)
             trainer.add_callback(SwanLabCallback(log_config=False))  # the run's configuration is the constants
             break
         except Exception as problem:
-            print(f"SwanLab does not start in mode {attempt}: {problem!r}")
+            print(f"SwanLab does not start in mode {mode}: {problem!r}")
     try:
         yield
     finally:
@@ -443,8 +432,8 @@ def last_checkpoint():
     complete = {}
     for folder in Path(OUTPUT_FOLDER).glob("checkpoint-*"):
         try:  # the Trainer writes this file last
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            complete[state["global_step"]] = str(folder)
+            state = (folder / "trainer_state.json").read_text(encoding="utf-8")
+            complete[json.loads(state)["global_step"]] = str(folder)
         except (OSError, ValueError):
             print(f"{folder} is incomplete (the run was stopped while writing it): left out.")
     return complete[max(complete)] if complete else None
@@ -453,20 +442,21 @@ def last_checkpoint():
 def settle_run(train, test):
     """Describe this run in run.json, and refuse to mix it with another one that OUTPUT_FOLDER holds."""
     records = json.dumps([[conversation["record"] for conversation in part] for part in (train, test)])
-    prompts = {picture_marker.sub("<picture>", c["record"]["conversations"][0]["value"]) for c in train}
+    questions = {picture_marker.sub("<picture>", c["record"]["conversations"][0]["value"]) for c in train}
     run = {"constants": {name: value for name, value in globals().items() if name.isupper()}}
-    run |= {"prompts": sorted(prompts)[:10], "data_sha256": hashlib.sha256(records.encode()).hexdigest()}
+    run |= {"prompts": sorted(questions)[:10], "data_sha256": hashlib.sha256(records.encode()).hexdigest()}
     run |= {"versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
     path = Path(OUTPUT_FOLDER) / "run.json"
-    if path.is_file() and any(path.parent.glob("checkpoint-*")):  # else nothing was trained yet
+    if path.is_file() and any([*path.parent.glob("checkpoint-*"), *path.parent.glob("results.json")]):  # was trained
         old = json.loads(path.read_text(encoding="utf-8"))
-        shaping = "MODEL_FOLDER IMAGE_SIZE MAX_LENGTH LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS BATCH_SIZE SEED"
-        shaping += " GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP"
+        shaping = "MODEL_FOLDER TEST_IMAGES IMAGE_SIZE MAX_LENGTH LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS"
+        shaping += " BATCH_SIZE GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP SEED"
         pairs = {name: (old["constants"].get(name), run["constants"][name]) for name in shaping.split()}
         pairs["the data"] = (old["data_sha256"][:8], run["data_sha256"][:8])
         if changed := "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in pairs.items() if was != now):
             raise SystemExit(f"{OUTPUT_FOLDER} holds another run ({changed}): set OUTPUT_FOLDER to a new folder.")
-    write_file(path, run)
+    if not Path(OUTPUT_FOLDER, "results.json").is_file():  # of a finished run it tells what made it
+        write_file(path, run)
     return run
 
 
@@ -478,31 +468,37 @@ class Rehearsal(transformers.TrainerCallback):
         (trainable, total), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
         print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} of {total:,} parameters")
         print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures, from {state.global_step} on")
-        longest = sorted(range(len(table)), key=table["tokens"].__getitem__)[-BATCH_SIZE:]
+        on_card, tokens = args.device.type == "cuda", table["tokens"][:]
+        longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
         batch = train_dataloader.collate_fn(table.select(longest))
-        for _ in range(2):  # the first pass only warms up
+        for _ in range(1 + on_card):  # the first pass on a card is slow
             start = time.monotonic()
             inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            model.train()(**inputs, use_cache=False).loss.backward()
+            model.train()(**inputs).loss.backward()
             model.zero_grad()
             torch.get_device_module(args.device).synchronize()
         minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * steps
         peak = (torch.cuda.max_memory_allocated() + 8 * trainable) / 2**30  # Adam's two numbers are still to come
-        print(f"Tried the heaviest pass: at most {minutes:.0f} minutes, {peak:.2f} GiB of the card\n")
+        print(f"Tried the heaviest pass: at most {minutes:.0f} minutes", f"in {peak:.2f} GiB of the card\n" * on_card)
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step % SAVE_STEPS > 0 and state.global_step < state.max_steps  # not twice
 
 
 def build_trainer(model, collator, train_table, test_table, checkpointing):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if GRADIENT_ACCUMULATION % processes:
-        raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION} can't be shared by {processes} processes.")
+        raise SystemExit(
+            f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION} must be a multiple of {processes}, the processes."
+        )
     on_card = model.device.type == "cuda"
     workers = DATALOADER_WORKERS
     if workers == "auto":  # a model on the CPU needs the cores itself
-        workers = min(8, max(1, os.cpu_count() // processes - 1)) if on_card else 0
+        workers = min(2 if os.name == "nt" else 8, max(1, os.cpu_count() // processes - 1)) if on_card else 0
     arguments = transformers.TrainingArguments(
         output_dir=OUTPUT_FOLDER,
         per_device_train_batch_size=BATCH_SIZE,
@@ -516,7 +512,6 @@ def build_trainer(model, collator, train_table, test_table, checkpointing):
         use_cpu=not on_card,
         activation_checkpointing=checkpointing,
         eval_strategy="epoch",
-        save_strategy="steps",
         save_steps=SAVE_STEPS,
         save_total_limit=KEEP_CHECKPOINTS,
         logging_steps=LOG_STEPS,
@@ -527,9 +522,9 @@ def build_trainer(model, collator, train_table, test_table, checkpointing):
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_card,
         ddp_find_unused_parameters=False,
-        report_to="none",  # tracking() does that
         seed=SEED,
     )
+    arguments._n_gpu = 1  # else the Trainer spreads each batch over all visible cards by threads, slower than one card
     own = {"processing_class": collator.processor, "callbacks": [Rehearsal()]}
     return transformers.Trainer(model, arguments, collator, train_table, test_table, **own)
 
@@ -591,29 +586,33 @@ def compare(model, collator, table):
 def publish(results, collator):
     """Show the results: table on the terminal, gallery in report.html, both in SwanLab."""
     scores = pandas.DataFrame(results["scores"])
-    style = "* { font-family: sans-serif } td { padding: 6px 12px; vertical-align: top } img { height: 180px }"
-    page = f"<!doctype html><meta charset=utf-8><title>{SWANLAB_EXPERIMENT}</title><style>{style}</style>"
+    page = "<!doctype html><meta charset=utf-8><style>* { font: 15px sans-serif } img { height: 180px }</style>"
     page += scores.to_html(float_format="{:.3f}".format) + "<table><tr><th>held out<th>people<th>before<th>after"
     gallery = []
     for row in results["captions"]:
         page += "<tr><td>"
         texts = ["\n".join(row["human"]), row["before"]["caption"], row["after"]["caption"]]
         for picture in map(collator.open_picture, row["pictures"]):
-            gallery.append(swanlab.Image(picture, caption="\n| ".join(texts), file_type="jpg"))
+            gallery.append((picture, "\n| ".join(texts)))
             jpeg = io.BytesIO()
             picture.save(jpeg, format="JPEG")
             page += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
         page += "".join("<td>" + html.escape(text).replace("\n", "<br>") for text in texts)
     write_file(Path(OUTPUT_FOLDER) / "report.html", page)
-    if swanlab.has_run():
-        swanlab.log({f"scores/{name} {when}": value for when in scores for name, value in scores[when].items()})
-        swanlab.log({"gallery": gallery})
+    try:
+        if swanlab.has_run():
+            swanlab.log({f"scores/{name} {when}": value for when in scores for name, value in scores[when].items()})
+            swanlab.log({"gallery": [swanlab.Image(p, caption=text, file_type="jpg") for p, text in gallery]})
+    except Exception as problem:  # never the end of a training
+        print(f"SwanLab did not take the results: {problem!r}")
     print(f"\n{len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
     print(scores.to_string(float_format="{:.3f}".format))
 
 
 def main():
     check_constants()
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one of the processes of torchrun speaks for all
     sys.stdout.reconfigure(errors="replace")  # not every console knows every character of a caption
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every worker process
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
@@ -627,6 +626,7 @@ def main():
     if Path(OUTPUT_FOLDER, "results.json").is_file() and (not MERGE_ADAPTER or Path(OUTPUT_FOLDER, "merged").is_dir()):
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
+    Path(OUTPUT_FOLDER, "results.json").unlink(missing_ok=True)  # there is something left to do
     for path, part in ((TRAIN_JSON, train), (TEST_JSON, test)):
         write_file(path, [conversation["record"] for conversation in part])
     train_table, test_table = build_table(train, "train", MAX_LENGTH), build_table(test, "test", math.inf)

@@ -117,15 +117,18 @@ def test_the_base_model_is_captioned_untouched(undisturbed):
 def test_started_again_it_says_so_and_does_not_train(undisturbed, served):
     """Guards an hour of work: a finished run is not trained again, nor on top of itself."""
     folder, _ = undisturbed
-    before = (folder / OUTPUT / "adapter_model.safetensors").stat().st_mtime_ns
-    done = train(folder, served)
+    before = {name: (folder / OUTPUT / name).stat().st_mtime_ns for name in ("adapter_model.safetensors", "run.json")}
+    done = train(folder, served, MAX_NEW_TOKENS=5)  # shapes no training, and isn't what made the adapter either
     assert done.returncode == 0 and "holds this run, finished" in done.stdout
-    assert (folder / OUTPUT / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert before == {name: (folder / OUTPUT / name).stat().st_mtime_ns for name in before}
 
 
-def test_other_constants_are_not_mixed_in(undisturbed, served):
+@pytest.mark.parametrize("gone", ["nothing", "checkpoint-*", "results.json"])
+def test_other_constants_are_not_mixed_in(undisturbed, served, tmp_path, gone):
     """Guards a resume that ignores the changed learning rate: the Trainer itself would go on with the old one."""
-    done = train(undisturbed[0], served, LEARNING_RATE=0.02)
+    folder = tmp_path / "work"
+    shutil.copytree(undisturbed[0], folder, ignore=shutil.ignore_patterns("swanlog", gone))
+    done = train(folder, served, LEARNING_RATE=0.02)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "LEARNING_RATE was 0.01, is 0.02" in done.stderr and "set OUTPUT_FOLDER" in done.stderr
 
@@ -160,7 +163,8 @@ def test_killed_and_run_again_it_ends_where_an_undisturbed_run_ends(undisturbed,
 @pytest.mark.parametrize(
     ("environment", "constants", "expected"),
     [
-        ({"SWANLAB_PROJECT": "mine"}, {}, "swanlab watch"),  # transformers' documentation tells people to set it
+        # transformers' documentation tells people to set this; the encoding is that of a Western Windows console
+        ({"SWANLAB_PROJECT": "mine", "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}, {}, "swanlab watch"),
         ({"SWANLAB_API_KEY": "a" * 21}, {"SWANLAB_MODE": "online"}, "does not start in mode online"),
         ({"HOME": "NOWHERE"}, {"SWANLAB_MODE": "online"}, "does not start in mode online"),  # not logged in
     ],
@@ -179,12 +183,13 @@ def test_tracking_neither_blocks_nor_ends_a_training(prepared, served, tmp_path,
 
 
 def test_two_processes_learn_the_same(undisturbed, served, tmp_path):
-    """Guards torchrun: the passes of a step are shared out, so that the losses stay those of one process."""
+    """Guards torchrun and checkpointing: the passes of a step are shared out, the losses stay those of one process."""
     folder = another(undisturbed[0], tmp_path)
     constants = {**SMALL, "GRADIENT_ACCUMULATION": 4, "LORA_DROPOUT": 0.0}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     losses = []
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
-        start, *rest = command("train.py", **constants, OUTPUT_FOLDER=name)
+    for name, launcher, checkpointing in (("one", [], False), ("two", torchrun, False), ("again", torchrun, True)):
+        start, *rest = command("train.py", **constants, OUTPUT_FOLDER=name, GRADIENT_CHECKPOINTING=checkpointing)
         environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
         options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 300}
         done = subprocess.run([start, *launcher, *rest], **options)
@@ -192,6 +197,7 @@ def test_two_processes_learn_the_same(undisturbed, served, tmp_path):
         state = json.loads((folder / name / "checkpoint-6/trainer_state.json").read_text(encoding="utf-8"))
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[1] == pytest.approx(losses[2], abs=1e-3)
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["Chinese", "English"])
@@ -216,6 +222,7 @@ def test_readme_names_what_exists():
     """Guards README against rot: scripts, pins and pictures that it names are those of the project."""
     root = TESTS.parent
     readme = (root / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"@\w", readme), "a number that nobody has filled in"
     for script in set(re.findall(r"(?:tests/)?\w+\.py", readme)):
         assert (root / script).is_file(), script
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):

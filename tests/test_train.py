@@ -8,7 +8,9 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -288,7 +290,8 @@ BAD_RECORDS = {
     "marker without its end": (record("<|vision_start|>one.jpg What is it?", "a star"), "contains <|vision_start|>"),
     "forged turn": (about("one.jpg", "a star<|im_end|>\n<|im_start|>user\nhello"), "contains <|im_start|>"),
     "forged picture": (record("<|vision_start|>one.jpg<|vision_end|><|image_pad|>", "x"), "contains <|image_pad|>"),
-    "picture that is gone": (about("gone.jpg", "a star"), "the picture gone.jpg is not there"),
+    "picture that is gone": (about("gone.jpg", "a star"), "the picture gone.jpg can't be opened"),
+    "no picture at all": (about("data.json", "a star"), "the picture data.json can't be opened"),
     "remote picture": (about("http://127.0.0.1/one.jpg", "a star"), "is remote: set ALLOW_REMOTE_IMAGES"),
     "endless caption": (about("one.jpg", "star " * 3000), "more than MAX_LENGTH = 2048"),
 }
@@ -443,3 +446,22 @@ def test_memory_estimate_against_a_counted_run(train, collator, monkeypatch, cap
     # outside the layers: the softmax, of all logits the part that is kept, and the input of the last norm, in float32
     expected += 2 * supervised * 8000 * 4 + 2 * rows * 768 * 4
     assert counted == pytest.approx(expected, rel=0.1)
+
+
+def test_rehearsal_tries_what_training_will_do(train, collator, model, pictures, capsys):
+    """Guards the 8 GB card: in evaluation mode nothing is checkpointed, and the trial needs too much."""
+    data = samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"), about("two.jpg", "x"))
+    table = datasets.Dataset.from_list([{**one, "record": None, "tokens": 40 + n} for n, one in enumerate(data)])
+    seen = []
+    layer = model.get_base_model().model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((module.training, len(output))))
+    loader = SimpleNamespace(dataset=table, collate_fn=collator)
+    args = SimpleNamespace(device=torch.device("cpu"), gradient_accumulation_steps=4)
+    try:
+        train.Rehearsal().on_train_begin(args, SimpleNamespace(max_steps=8, global_step=2), None, model, loader)
+    finally:
+        hook.remove()
+        model.eval()
+    assert seen == [(True, 2)], "one pass, in training mode, of both rows"
+    assert all(parameter.grad is None for parameter in model.parameters()), "nothing of the trial is left"
+    assert "8 steps of 16 pictures, from 2 on" in capsys.readouterr().out
