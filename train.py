@@ -134,7 +134,9 @@ def locate_picture(name):
 
 
 def parse_record(record, processor):
-    """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on."""
+    """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on.
+
+    Returns its pictures, chat_pieces() as "prompt" (all but the last) and "answer", and the tokens of both."""
     messages, names = [], []
     try:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -492,9 +494,7 @@ def build_trainer(model, collator, train_table, test_table, checkpointing):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if GRADIENT_ACCUMULATION % processes:
-        raise SystemExit(
-            f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION} must be a multiple of {processes}, the processes."
-        )
+        raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
     on_card = model.device.type == "cuda"
     workers = DATALOADER_WORKERS
     if workers == "auto":  # a model on the CPU needs the cores itself
