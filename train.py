@@ -467,9 +467,9 @@ class Rehearsal(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
         table, steps = train_dataloader.dataset, state.max_steps - state.global_step
-        (trainable, total), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
-        print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} of {total:,} parameters")
-        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures, from {state.global_step} on")
+        (trainable, _), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
+        print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} parameters are trained")
+        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures; at step {state.global_step}")
         on_card, tokens = args.device.type == "cuda", table["tokens"][:]
         longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
         batch = train_dataloader.collate_fn(table.select(longest))

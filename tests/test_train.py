@@ -464,4 +464,4 @@ def test_rehearsal_tries_what_training_will_do(train, collator, model, pictures,
         model.eval()
     assert seen == [(True, 2)], "one pass, in training mode, of both rows"
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing of the trial is left"
-    assert "8 steps of 16 pictures, from 2 on" in capsys.readouterr().out
+    assert "8 steps of 16 pictures; at step 2\n" in capsys.readouterr().out
