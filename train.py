@@ -404,7 +404,7 @@ def plan_memory(model, table):
 def tracking(trainer, constants):
     """Let SwanLab record what the Trainer logs; whatever is wrong with SwanLab is printed, and training goes on."""
     os.environ.pop("SWANLAB_PROJECT", None)  # SwanLab refuses to start where it is set; the constant says it anyway
-    probe = dict.fromkeys(("runtime", "git", "requirements"), SHARE_MACHINE_INFO)
+    probe = dict.fromkeys(("runtime", "git", "requirements", "swanlab"), SHARE_MACHINE_INFO)
     run = {"project": SWANLAB_PROJECT, "name": SWANLAB_EXPERIMENT, "config": constants}
     for mode in (SWANLAB_MODE, "offline"):  # offline: recorded on disk, for swanlab sync to upload
         try:
