@@ -123,6 +123,18 @@ def test_started_again_it_says_so_and_does_not_train(undisturbed, served):
     assert before == {name: (folder / OUTPUT / name).stat().st_mtime_ns for name in before}
 
 
+def test_killed_while_it_captions_it_only_captions(undisturbed, served, tmp_path):
+    """Guards the last minutes: a run that was trained, but not judged, is judged, and not trained again."""
+    folder = tmp_path / "work"
+    shutil.copytree(undisturbed[0], folder, ignore=shutil.ignore_patterns("swanlog", "results.json", "merged"))
+    done = train(folder, served, MERGE_ADAPTER=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 steps of 6 pictures; at step 8\n" in done.stdout and "'loss'" not in done.stdout
+    texts = [(place / OUTPUT / "results.json").read_text(encoding="utf-8") for place in (folder, undisturbed[0])]
+    assert json.loads(texts[0])["scores"] == json.loads(texts[1])["scores"]
+    assert (folder / OUTPUT / "merged" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("gone", ["nothing", "checkpoint-*", "results.json"])
 def test_other_constants_are_not_mixed_in(undisturbed, served, tmp_path, gone):
     """Guards a resume that ignores the changed learning rate: the Trainer itself would go on with the old one."""

@@ -14,7 +14,8 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import TESTS
+from conftest import CAPTIONS, TESTS, write_pictures
+from hub import Hub
 from PIL import Image
 from scenes import all_scenes, draw
 
@@ -318,6 +319,16 @@ def test_every_way_to_name_a_picture(train, pictures, name):
     absolute = pictures / "one.jpg"
     name = {"ABSOLUTE": str(absolute), "FILE": absolute.as_uri()}.get(name, name)
     assert Path(train.locate_picture(name)).is_file()
+
+
+def test_remote_pictures_when_they_are_allowed(train, collator, tmp_path, monkeypatch):
+    """Guards JSON files that name addresses: fetched through qwen-vl-utils, sized as all others."""
+    monkeypatch.setattr(train, "ALLOW_REMOTE_IMAGES", True)
+    with Hub(write_pictures(tmp_path / "served", CAPTIONS[:1])) as hub:
+        name = train.locate_picture(f"{hub.url}/train2014/COCO_train2014_000000057870.jpg")
+        assert collator.open_picture(name).size == (SIDE, SIDE)
+        with pytest.raises(ValueError, match="can't be opened"):
+            collator.open_picture(f"{hub.url}/train2014/COCO_train2014_000000000001.jpg")
 
 
 def test_captions_come_back_as_supervised_text(train, collator, pictures):
