@@ -17,7 +17,6 @@ import html
 import importlib.metadata
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from urllib.request import url2pathname
 
 import datasets
 import pandas
+import psutil
 import swanlab
 import torch
 import transformers
@@ -297,9 +297,9 @@ class CaptionCollator:
         fields = pad_sequence(rows, batch_first=True, padding_value=-100, padding_side="left")  # (B, T, 4)
         input_ids, types, captions, labels = fields.unbind(-1)  # (B, T) each
         input_ids = input_ids.where(captions >= 0, self.processor.tokenizer.pad_token_id)
-        rows = {"input_ids": input_ids, "mm_token_type_ids": types.clamp(min=0), "captions": captions, "labels": labels}
+        text = {"input_ids": input_ids, "mm_token_type_ids": types.clamp(min=0), "captions": captions, "labels": labels}
         # patches of all pictures one after another: pictures of different sizes need no padding
-        return rows | {name: torch.as_tensor(encoded[name]) for name in ("pixel_values", "image_grid_thw")}
+        return text | {name: torch.as_tensor(encoded[name]) for name in ("pixel_values", "image_grid_thw")}
 
     def prompts(self, samples):
         """Build the input of generate(): what encode() returns without answers, and attention_mask (B, T)."""
@@ -388,9 +388,9 @@ def plan_memory(model, table):
         "logits": supervised * text.vocab_size * (size + 12),  # computed, then float32: upcast, softmax, gradient
         "activations": text.num_hidden_layers * layer,
     }
-    # the loaded weights count as free, since the estimate has them too
     on_card = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() if on_card else math.inf
+    free = torch.cuda.mem_get_info()[0] if on_card else psutil.virtual_memory().available
+    free += parts["weights"]  # they are loaded already, and the estimate has them too
     checkpointing = sum(parts.values()) > free if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING
     parts["activations"] = recomputed if checkpointing else parts["activations"]
     needed = f"{sum(parts.values()) / 2**30:.2f} GiB of {free / 2**30:.1f}"
@@ -629,7 +629,7 @@ def main():
     Path(OUTPUT_FOLDER, "results.json").unlink(missing_ok=True)  # there is something left to do
     for path, part in ((TRAIN_JSON, train), (TEST_JSON, test)):
         write_file(path, [conversation["record"] for conversation in part])
-    train_table, test_table = build_table(train, "train", MAX_LENGTH), build_table(test, "test", math.inf)
+    train_table, test_table = build_table(train, "train", MAX_LENGTH), build_table(test, "test", sys.maxsize)
     collator = CaptionCollator(processor, config, IMAGE_SIZE)
     show_sample(collator, train_table[0])
     print(f"{len(train_table)} pictures to train on, {len(test_table)} held out; results go to {OUTPUT_FOLDER}")

@@ -3,6 +3,7 @@
 The small model has 16 image tokens at 112 x 112 pixels; the rows drawn below write them as "x16".
 """
 
+import contextlib
 import importlib.util
 import json
 import random
@@ -140,6 +141,20 @@ def plain_loss(model, collator, one: dict, answer: str, count: int) -> torch.Ten
     return model(**whole, labels=labels, num_items_in_batch=count, use_cache=False).loss
 
 
+@contextlib.contextmanager
+def checkpointing(model):
+    """The model in training mode, its layers computed again in the backward pass, as the Trainer sets it."""
+    model.train()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.eval()
+
+
 def gradients(model) -> dict:
     """The gradients of all trained parameters, which are then forgotten."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -188,15 +203,8 @@ def test_checkpointing_changes_memory_only(train, collator, model, pictures, mon
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             monkeypatch.setattr(module, "p", 0.0)
-    model.train()
-    model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
+    with checkpointing(model):
         model(**batch, use_cache=False).loss.backward()
-    finally:
-        model.activation_checkpointing_disable()
-        model.disable_input_require_grads()
-        model.eval()
     recomputed = gradients(model)
     assert recomputed.keys() == plain.keys() and all(plain[name].any() for name in plain)
     assert max((recomputed[name] - plain[name]).abs().max().item() for name in plain) < 1e-5
@@ -266,15 +274,10 @@ def test_only_labelled_positions_reach_the_head_and_vision_keeps_no_graph(train,
         base.lm_head.register_forward_hook(lambda module, inputs, output: seen.update(rows=inputs[0].shape[0])),
         base.model.visual.merger.register_forward_hook(lambda module, inputs, output: seen.update(vision=output)),
     ]
-    model.train()
-    model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
-        model(**batch, use_cache=False).loss.backward()
+        with checkpointing(model):
+            model(**batch, use_cache=False).loss.backward()
     finally:
-        model.activation_checkpointing_disable()
-        model.disable_input_require_grads()
-        model.eval()
         for hook in hooks:
             hook.remove()
     assert seen["rows"] == (batch["labels"] != -100).sum() == batch["shift_labels"].numel()
@@ -476,3 +479,18 @@ def test_rehearsal_tries_what_training_will_do(train, collator, model, pictures,
     assert seen == [(True, 2)], "one pass, in training mode, of both rows"
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing of the trial is left"
     assert "8 steps of 16 pictures; at step 2\n" in capsys.readouterr().out
+
+
+def test_checkpointing_and_refusal_by_the_memory_that_is_free(train, model, monkeypatch):
+    """Guards the first step: what won't fit is checkpointed, and what still won't fit is refused before it starts."""
+    table = {"tokens": [400], "prompt_tokens": [100]}
+    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", False)
+    _, parts = train.plan_memory(model, table)
+    needed = sum(parts.values()) - parts["weights"]  # the weights are loaded already
+    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", "auto")
+    for available, expected in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(train.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        assert train.plan_memory(model, table)[0] is expected
+    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    with pytest.raises(SystemExit, match="lower BATCH_SIZE"):
+        train.plan_memory(model, table)
