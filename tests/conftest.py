@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,27 @@ def run_script(
         encoding="utf-8",
         errors="replace",
     )
+
+
+def run_and_stop(
+    script: str, cwd: Path, env: dict[str, str], seconds: float, sent: signal.Signals = signal.SIGKILL, **constants
+) -> subprocess.CompletedProcess:
+    """Run `script`, send a signal to it and its workers after `seconds` (as Ctrl-C does), return what it left behind.
+
+    A script that is done by then simply ends; one that outlives the signal by a minute fails the test. POSIX only.
+    """
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    run = subprocess.Popen(command(script, **constants), cwd=cwd, env=variables(env), start_new_session=True, **options)
+    try:
+        output = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, sent)
+        try:
+            output = run.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise AssertionError(f"{script} outlived {sent.name} by a minute: {run.communicate()}") from None
+    return subprocess.CompletedProcess(run.args, run.returncode, *output)
 
 
 def write_pictures(folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)) -> Path:
