@@ -1,79 +1,70 @@
 """Step 3 of 4: fetches Qwen2-VL-2B-Instruct, then loads it and shows that it is whole.
 
-Reads   the model's repository on ModelScope, and a picture of coco_2014_caption/ to try the model on.
+Reads   the model's repository on ModelScope.
 Writes  Qwen/Qwen2-VL-2B-Instruct/ (4.4 GB), and .complete.json in it: the size and SHA-256 of each of its files.
 Run     python load_model.py
 Takes   what the line needs for 4.4 GB (6 minutes at 100 Mbit/s); about 10 s, without any network, when all is there;
-        5 GB of memory. A graphics card is only needed for the one caption at the end.
-
-A download that was cut off, by whatever, is resumed where it stopped by running this again.
+        5 GB of memory, no graphics card. Stop it whenever you like: run again, it goes on where it was.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from textwrap import shorten
 
 import torch
-from modelscope_hub import (
-    AuthenticationError,
-    FileDownloadError,
-    HubApi,
-    HubError,
-    NotExistError,
-    PermissionDeniedError,
-)
-from modelscope_hub.compat import snapshot_download
-from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
 # ----------------------------------------------------------------------------------------------------------------------
 # download
 MODEL_ID = "Qwen/Qwen2-VL-2B-Instruct"  # owner/name on ModelScope; any size of Qwen2-VL-Instruct works
 REVISION = "master"  # branch, tag or commit
-MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # where the files go; train.py reads them there
+MODEL_FOLDER = MODEL_ID  # where the files go; train.py's MODEL_FOLDER must name the same
 RECORD_FILE = ".complete.json"  # in MODEL_FOLDER: what a whole download holds; delete it to look for a newer one
 CACHE_FOLDER = ".cache/modelscope"  # the client's locks
+WANTED_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE"]  # no pickles, no code: both run
 DOWNLOAD_THREADS = 4  # files at a time
-IGNORED_FILES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]  # pickles: they can run code, the same weights come safe
-
-# caption
-IMAGE_FOLDER = "coco_2014_caption"  # its first picture is described, where there is a graphics card
-IMAGE_SIZE = 280  # pixels a side, as in train.py; (side / 28)^2 tokens
-PROMPT = "请描述这张图片: "  # as in csv2json.py
-MAX_NEW_TOKENS = 64  # the longest caption
-
+STALL_SECONDS = 30  # without a byte, after which a file is asked for again from there on, five times
+FILE_HOURS = 12  # the longest that one file may take; what arrived is resumed by the next run
 # memory of a training, as train.py does it
+IMAGE_SIZE = 280  # pixels a side, as in train.py; a multiple of 28, (side / 28)^2 tokens
 BATCH_SIZES = [1, 4, 8, 16]  # pictures that go through the model at a time
 LORA_RANK = 64  # as in train.py, on the seven projections of every language layer
-TEXT_TOKENS = 26  # a sample's tokens around the picture: the chat template and PROMPT
+TEXT_TOKENS = 26  # a sample's tokens around the picture: the chat template and the question
 ANSWER_TOKENS = 70  # a sample's captions, the part with a loss; COCO has five of about 14 tokens
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def find_damage() -> list[str] | None:
-    """What in the folder differs from the record of its download; [] is a whole model, None a folder without record."""
-    try:
-        record = json.loads((Path(MODEL_FOLDER) / RECORD_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if (record["model"], record["revision"]) != (MODEL_ID, REVISION):
-        return [f"the whole folder, which holds {record['model']} at {record['revision']}"]
-    damaged = []
-    for name, expected in tqdm(record["files"].items(), desc=f"verifying {MODEL_FOLDER}", unit="file"):
-        whole = file_size(name) == expected["size"]
-        if whole and expected["sha256"]:  # None where the hub gave no sum
-            with open(Path(MODEL_FOLDER) / name, "rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
-        if not whole:
-            damaged.append(name)
-    return damaged
+def check_constants() -> None:
+    """Exits with the name of a constant that can't work, before anything is fetched."""
+    counts = "DOWNLOAD_THREADS STALL_SECONDS FILE_HOURS LORA_RANK TEXT_TOKENS ANSWER_TOKENS"
+    for names, is_legal, legal in (
+        (counts, lambda value: type(value) is int and value >= 1, "a whole number, 1 or more"),
+        ("IMAGE_SIZE", lambda value: value in range(56, 9999, 28), "56, 84, 112, ...: a multiple of 28"),
+        ("MODEL_ID", lambda value: [*map(bool, str(value).split("/"))] == [True, True], "owner/name, as on ModelScope"),
+        ("REVISION MODEL_FOLDER RECORD_FILE CACHE_FOLDER", lambda value: value and type(value) is str, "text"),
+        ("WANTED_FILES", lambda value: type(value) is list and {*map(type, value)} == {str}, "a list of patterns"),
+        ("BATCH_SIZES", lambda value: type(value) is list and value and {*value} < {*range(1, 999)}, "like [1, 4]"),
+    ):
+        for name in names.split():
+            if not is_legal(value := globals()[name]):
+                raise SystemExit(f"{name} = {value!r} at the top of load_model.py can't work: it must be {legal}.")
+
+
+def stop(number: int, _) -> None:
+    """Ctrl-C, or the system's wish, ends the script at once: the disk is as after a power cut, which is resumed."""
+    os.write(2, b"\nStopped. What arrived is kept: run again, it goes on where it was.\n")
+    os._exit(128 + number)
 
 
 def file_size(name: str) -> int:
@@ -82,19 +73,66 @@ def file_size(name: str) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def fetch() -> None:
+def is_whole(name: str, size: int, sha256: str | None, progress: tqdm) -> bool:
+    """Whether a file of the model can be read and has this size and, unless the hub gave none, this sum."""
+    digest = hashlib.sha256()
+    try:
+        with open(Path(MODEL_FOLDER) / name, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+                progress.update(len(piece))
+    except OSError:
+        return False
+    return file_size(name) == size and sha256 in (None, digest.hexdigest())
+
+
+def find_damage() -> list[str] | None:
+    """What in the folder differs from the record of its download; [] is a whole model, None a folder without record."""
+    try:
+        record = json.loads((Path(MODEL_FOLDER) / RECORD_FILE).read_text(encoding="utf-8"))
+        model, revision, files = record["model"], record["revision"], record["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if (model, revision) != (MODEL_ID, REVISION):
+        mend = f"change MODEL_FOLDER, or delete {RECORD_FILE} there to have the model replaced"
+        raise SystemExit(f"{MODEL_FOLDER} holds {model} at {revision}, not {MODEL_ID} at {REVISION}: {mend}.")
+    size = sum(expected["size"] for expected in files.values())
+    with tqdm(total=size, desc=f"verifying {MODEL_FOLDER}", unit="B", unit_scale=True) as progress:
+        return [name for name, expected in files.items() if not is_whole(name, **expected, progress=progress)]
+
+
+def list_wanted(hub) -> list:
+    """The repository's files that are to be fetched; exits where one would land outside MODEL_FOLDER."""
+    print(f"asking the hub for the files of {MODEL_ID}, {REVISION}")
+    try:
+        listed = [file for file in hub.list_repo_files(MODEL_ID, "model", revision=REVISION) if not file.is_dir]
+    except (ValueError, TypeError, AttributeError):
+        raise OSError("the answer is no list of files; is it the page to log in to your network?") from None
+    wanted = [file for file in listed if any(fnmatch(file.path, pattern) for pattern in WANTED_FILES)]
+    for path in (PureWindowsPath(file.path) for file in wanted):  # this kind knows both slashes, and drives
+        if path.anchor or ".." in path.parts:
+            raise SystemExit(f"{MODEL_ID} is refused: its file {path} would land outside {MODEL_FOLDER}.")
+    if "config.json" not in [file.path for file in wanted]:
+        raise SystemExit(f"{MODEL_ID}, {REVISION} lists no config.json, so it is no model: check both constants.")
+    return wanted
+
+
+def fetch(hub) -> None:
     """Downloads what is missing or differs, each file verified by the client, and records what a whole folder holds."""
-    listed = [file for file in HubApi().list_repo_files(MODEL_ID, "model", revision=REVISION) if not file.is_dir]
-    wanted = [file for file in listed if not any(fnmatch(file.path, pattern) for pattern in IGNORED_FILES)]
+    wanted = list_wanted(hub)
     Path(MODEL_FOLDER).mkdir(parents=True, exist_ok=True)
     missing = sum(file.size - max(file_size(file.path), file_size(f"{file.path}.incomplete")) for file in wanted)
     free = shutil.disk_usage(MODEL_FOLDER).free
     print(f"{MODEL_ID}: {len(wanted)} files, {missing / 1e9:.2f} GB still to come; {free / 1e9:.0f} GB of disk free")
     if missing > free:
         raise SystemExit(f"{MODEL_FOLDER} lies on a disk with too little space: {missing / 1e9:.1f} GB are needed.")
-    places = {"local_dir": MODEL_FOLDER, "cache_dir": CACHE_FOLDER}
-    options = {"ignore_patterns": IGNORED_FILES, "max_workers": DOWNLOAD_THREADS}
-    snapshot_download(MODEL_ID, revision=REVISION, **places, **options)
+    options = {"revision": REVISION, "local_dir": MODEL_FOLDER, "cache_dir": CACHE_FOLDER}
+    options["file_list"] = [{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in wanted]
+    with ThreadPoolExecutor(1) as pool:  # Windows tells a thread of Ctrl-C only while it doesn't wait for a lock
+        download = pool.submit(hub.download_repo, MODEL_ID, "model", max_workers=DOWNLOAD_THREADS, **options)
+        while not download.done():
+            time.sleep(0.1)
+    download.result()
     files = {file.path: {"size": file.size, "sha256": file.sha256} for file in wanted}
     record = json.dumps({"model": MODEL_ID, "revision": REVISION, "files": files}, indent=2)
     (Path(MODEL_FOLDER) / f"{RECORD_FILE}.tmp").write_text(record, encoding="utf-8")
@@ -109,20 +147,21 @@ def ensure_model() -> None:
         return
     if damaged:
         print(f"fetched again, because it is missing or altered: {', '.join(damaged)}")
+    os.environ["MODELSCOPE_DOWNLOAD_TIMEOUT"] = str(STALL_SECONDS)
+    os.environ["MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT"] = str(FILE_HOURS * 3600)
+    import modelscope_hub as client  # not above: it reads these settings while it is imported
+
     try:
-        fetch()
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted. What arrived is kept: run again, it resumes.") from None
-    except (NotExistError, AuthenticationError, PermissionDeniedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SystemExit(f"The hub gives no {MODEL_ID}, {REVISION}: check MODEL_ID and REVISION. {reason}") from None
-    except FileDownloadError as error:
-        raise SystemExit(f"{error}\nWhat arrived is kept: run again, it resumes.") from None
-    except (HubError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        fetch(client.HubApi())
+    except (client.NotExistError, client.AuthenticationError, client.PermissionDeniedError) as error:
+        raise SystemExit(f"Check MODEL_ID = {MODEL_ID}, REVISION = {REVISION}: {shorten(str(error), 300)}") from None
+    except client.FileDownloadError as error:
+        reasons = "; ".join(f"{name}: {shorten(str(reason), 300)}" for name, reason in error.failed_files.items())
+        raise SystemExit(f"Not all files arrived, what did is kept: run again, it resumes. {reasons}") from None
+    except (client.HubError, OSError) as error:
         if damaged or not file_size("config.json"):
-            raise SystemExit(f"{MODEL_ID} can't be fetched: mend this and run again, it resumes: {reason}") from None
-        print(f"NOT VERIFIED, the hub doesn't answer: {MODEL_FOLDER} is tried as it is. {reason}")
+            raise SystemExit(f"Mend this and run again, it goes on where it was: {shorten(str(error), 300)}") from None
+        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is: {shorten(str(error), 300)}")
 
 
 def load() -> Qwen2VLForConditionalGeneration:
@@ -131,11 +170,10 @@ def load() -> Qwen2VLForConditionalGeneration:
         model_type = json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8")).get("model_type")
         if model_type != "qwen2_vl":
             raise SystemExit(f"{MODEL_FOLDER} holds a model of type {model_type}, not qwen2_vl: change MODEL_ID.")
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
-            MODEL_FOLDER, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        model, report = Qwen2VLForConditionalGeneration.from_pretrained(MODEL_FOLDER, **options)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"{MODEL_FOLDER} doesn't load: run again with a network, which mends it. {error}") from None
+        raise SystemExit(f"{MODEL_FOLDER} doesn't load, a new run mends it: {shorten(str(error), 300)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise SystemExit(f"{MODEL_FOLDER} is no whole Qwen2-VL: {kind} {sorted(report[kind])[:5]}. Fetch it anew.")
@@ -148,21 +186,19 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 
 def print_parts(model: Qwen2VLForConditionalGeneration) -> None:
-    """Parameters by part, dtype, size on disk and versions."""
+    """Parameters by part, dtype and versions."""
     vision, language = model.model.visual, model.model.language_model
-    merger, embeddings = count_parameters(vision.merger), count_parameters(language.embed_tokens)
+    embeddings = count_parameters(language.embed_tokens)
     parts = {
-        "vision tower": count_parameters(vision) - merger,
-        "merger (picture to language)": merger,
+        "vision tower and merger": count_parameters(vision),
         "token embeddings": embeddings,
         "language layers": count_parameters(language) - embeddings,
-        "output head, beside the embeddings": count_parameters(model) - count_parameters(model.model),  # 0: shared
+        "output head": count_parameters(model) - count_parameters(model.model),  # 0: shared with the embeddings
     }
     for part, count in {**parts, "all": sum(parts.values())}.items():
         print(f"{part:36}{count:>15,} parameters")
-    size = sum(file.stat().st_size for file in Path(MODEL_FOLDER).rglob("*") if file.is_file())
-    print(f"{model.dtype}, {size / 1e9:.2f} GB on disk, every key of the checkpoint in its place")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "modelscope")))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "modelscope"))
+    print(f"{model.dtype}, every key of the checkpoint in its place; {versions}")
 
 
 def training_memory(model: Qwen2VLForConditionalGeneration, batch_size: int, checkpointing: bool) -> float:
@@ -170,7 +206,6 @@ def training_memory(model: Qwen2VLForConditionalGeneration, batch_size: int, che
     text = model.config.text_config
     hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     narrow = hidden // text.num_attention_heads * text.num_key_value_heads  # keys and values
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     # A LoRA pair on an (in, out) projection has rank * (in + out) weights: q and o, k and v, gate and up and down.
     lora = layers * LORA_RANK * (2 * (hidden + hidden) + 2 * (hidden + narrow) + 3 * (hidden + wide))
     # Bytes that a layer keeps of a token for the backward pass, counted on a CPU; LoRA's dropout is the largest part.
@@ -179,54 +214,32 @@ def training_memory(model: Qwen2VLForConditionalGeneration, batch_size: int, che
     # Checkpointing keeps each layer's input (2 bytes) and computes the rest again, one layer at a time.
     activations = tokens * (layers * hidden * 2 + kept if checkpointing else layers * kept)
     logits = batch_size * ANSWER_TOKENS * text.vocab_size * 14  # bfloat16; float32: upcast, softmax and gradient
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     return (weights + 16 * lora + activations + logits) / 2**30  # 16: weight, gradient and Adam's two, float32
 
 
 def print_memory(model: Qwen2VLForConditionalGeneration) -> None:
     """The table of what a training needs, against the card's free memory."""
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else float("inf")
     print(f"GiB that a training needs (estimate; LoRA rank {LORA_RANK}, pictures {IMAGE_SIZE}x{IMAGE_SIZE}):")
     print("  batch size | gradient checkpointing | without")
     for batch_size in BATCH_SIZES:
         needed = [training_memory(model, batch_size, checkpointing) for checkpointing in (True, False)]
-        marks = ["(too much)" if free is not None and memory > free else "" for memory in needed]
-        print(f"  {batch_size:10} | {needed[0]:8.1f} {marks[0]:13} | {needed[1]:8.1f} {marks[1]}")
-    print("  free now: no CUDA card" if free is None else f"  free now: {free:.1f} GiB")
-
-
-def caption(model: Qwen2VLForConditionalGeneration, processor, path: Path) -> str:
-    """What the model says about a picture, greedily, on whichever device it is."""
-    content = [{"type": "text", "text": PROMPT}, {"type": "image"}]
-    turns = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    with Image.open(path) as file:
-        picture = file.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
-    inputs = processor(text=[text], images=[picture], return_tensors="pt").to(model.device)
-    settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # the hub's own sample
-    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **settings)  # (1, prompt + answer)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def show_caption(model: Qwen2VLForConditionalGeneration) -> None:
-    """One caption by the untrained model, or why there is none."""
-    picture = min(Path(IMAGE_FOLDER).glob("*.jpg"), default=None)
-    if not torch.cuda.is_available():
-        print("no caption: that takes a CUDA card, and torch sees none")
-    elif not picture:
-        print(f"no caption: there is no picture in {IMAGE_FOLDER}, run data2csv.py for some")
-    else:
-        processor = AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
-        print(f"{picture}: {caption(model.to('cuda', torch.bfloat16), processor, picture)}")
+        cells = [f"{memory:8.1f} {'(too much)' if memory > free else '':13}" for memory in needed]
+        print(f"  {batch_size:10} | {cells[0]} | {cells[1].rstrip()}")
+    print(f"  free now: {free:.1f} GiB" if torch.cuda.is_available() else "  free now: no CUDA card")
 
 
 def main() -> None:
-    """Fetches the model if need be, loads it, and shows what it is, what it needs and what it says."""
-    sys.stdout.reconfigure(errors="replace")  # not every Windows console knows every character of a caption
+    """Fetches the model if need be, loads it, and shows what it is and what a training of it needs."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for consoles without UTF-8, and for log files
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    check_constants()
     ensure_model()
     model = load()
     print_parts(model)
     print_memory(model)
-    show_caption(model)
 
 
 if __name__ == "__main__":
