@@ -10,19 +10,22 @@ Bad data is cheapest to find here: half a picture or an empty caption would othe
 quietly spoil it. So every picture is decoded to its last byte, and every row that can't be used is named.
 """
 
+import contextlib
 import csv
 import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
-from urllib.request import url2pathname
+from typing import NamedTuple, TextIO
+from urllib.parse import unquote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,16 +35,18 @@ JSON_PATH = "data_vl.json"  # read by train.py; relative picture paths in it cou
 
 # text
 PROMPT = "请描述这张图片: "  # what the user says before the picture ("Please describe this picture: ")
-SPECIAL_TOKEN = r"<\|\w+\|>"  # regular expression: the shape of the model's 14 special tokens, <|im_end|> and the like
 
 # checks
 ON_BAD_SAMPLE = "stop"  # "stop": name the bad rows and write nothing; "drop": name them and go on without them
-BAD_SHOWN = 20  # rows: so many bad ones are named, the rest is counted
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's names; not EPS, it would start another program
 MIN_SIDE = 28  # pixels: the model sees squares of 28x28, a thinner picture doesn't fill a single one
 MAX_RATIO = 200  # long side / short side: Qwen2-VL's own preprocessing refuses more
-MAX_PIXELS = 89_478_485  # width x height: Pillow's own limit, against files that unpack to gigabytes
+MAX_PIXELS = 89_478_485  # width x height, against files that unpack to gigabytes; train.py opens twice as many
 CHECK_WORKERS = 8  # threads: Pillow decodes outside Python's lock, so they use every core
 # ----------------------------------------------------------------------------------------------------------------------
+
+on_web = ("http://", "https://")  # how a picture on the web begins
+special_token = re.compile(r"<\|\w+\|>")  # the shape of the model's 14 special tokens, <|im_end|> and the like
 
 
 class Row(NamedTuple):
@@ -53,23 +58,27 @@ class Row(NamedTuple):
     fault: str
 
 
-class Picture(NamedTuple):
-    """What decoding a picture told: its size in pixels, Pillow's mode (L, RGB ...), what is wrong ("": nothing)."""
-
-    width: int = 0
-    height: int = 0
-    mode: str = ""
-    fault: str = ""
-
-
 def check_constants() -> None:
-    """Refuses constants that no run can work with."""
-    if ON_BAD_SAMPLE not in ("stop", "drop"):
-        raise SystemExit(f'ON_BAD_SAMPLE is {ON_BAD_SAMPLE!r}: set it to "stop" or "drop".')
-    if CHECK_WORKERS < 1:
-        raise SystemExit(f"CHECK_WORKERS is {CHECK_WORKERS}: set it to 1 or more threads.")
-    if token := re.search(SPECIAL_TOKEN, PROMPT):
-        raise SystemExit(f"PROMPT contains the special token {token[0]}: remove it, the chat template sets those.")
+    """Refuses constants that no run can work with, by their names, before anything is read."""
+    Image.init()  # else Image.OPEN knows the five commonest formats only
+    for names, is_legal, legal in (
+        ("CSV_PATH JSON_PATH", lambda value: isinstance(value, str) and value and not os.path.isdir(value), "a file"),
+        ("JSON_PATH", lambda value: os.path.abspath(value) != os.path.abspath(CSV_PATH), "another file than CSV_PATH"),
+        ("PROMPT", lambda value: isinstance(value, str) and not special_token.search(value), "free of special tokens"),
+        ("ON_BAD_SAMPLE", lambda value: value in ("stop", "drop"), '"stop" or "drop"'),
+        ("FORMATS", lambda value: isinstance(value, list) and value and set(value) <= set(Image.OPEN), 'like ["PNG"]'),
+        ("MIN_SIDE MAX_RATIO MAX_PIXELS CHECK_WORKERS", lambda value: type(value) is int and value > 0, "1 or more"),
+        ("MAX_PIXELS", lambda value: value <= 178_956_970, "178956970 at most, Pillow opens no more in train.py"),
+    ):
+        for name in names.split():
+            if not is_legal(value := globals()[name]):
+                raise SystemExit(f"{name} = {value!r} at the top of csv2json.py can't work: it must be {legal}.")
+
+
+def stop(number: int, _) -> None:
+    """Ends the script at once on Ctrl-C or SIGTERM, whatever its threads are decoding."""
+    os.write(2, b"\nStopped. No file is half written: run again to start over.\n")
+    os._exit(128 + number)
 
 
 def read_rows() -> list[Row]:
@@ -79,11 +88,12 @@ def read_rows() -> list[Row]:
         with open(CSV_PATH, encoding="utf-8-sig", newline="") as file:  # -sig: with or without a byte order mark
             reader = csv.DictReader(file, restkey="surplus", restval="", strict=True)
             if not {"image_path", "caption"} <= set(reader.fieldnames or []):
-                found = ", ".join(reader.fieldnames or ["none, it is empty"])
+                found = reader.fieldnames or "(none, it is empty)"
                 raise SystemExit(f"{CSV_PATH} has the columns {found}; image_path and caption must be among them.")
             rows = [make_row(reader.line_num, fields) for fields in reader]
-    except FileNotFoundError:
-        raise SystemExit(f"{CSV_PATH} is missing: run data2csv.py first, or set CSV_PATH to your own table.") from None
+    except OSError as error:
+        hint = "run data2csv.py first, or set CSV_PATH to your own table"
+        raise SystemExit(f"{CSV_PATH} can't be read ({error.strerror}): {hint}.") from None
     except UnicodeDecodeError:
         raise SystemExit(f"{CSV_PATH} is not UTF-8 but perhaps GBK: save it again as 'CSV UTF-8' (Excel).") from None
     except csv.Error as error:
@@ -95,24 +105,33 @@ def read_rows() -> list[Row]:
 
 def make_row(line: int, fields: dict) -> Row:
     """Strips the ends of both fields: white space before <|im_end|> is nothing that a model should learn to say."""
-    path, caption = fields["image_path"].strip(), fields["caption"].strip()
+    path, caption = path_in_json(fields["image_path"].strip()), fields["caption"].strip()
     fault = ""
     if "surplus" in fields:
         fault = "more fields than columns: a caption with a comma in it wants double quotes around it"
-    elif not path or not caption:
+    elif not fields["image_path"].strip() or not caption:
         fault = "image_path or caption is empty"
-    elif "<|" in path or len(path.splitlines()) > 1:
-        fault = "image_path has '<|' or a line break in it: rename the file"
-    elif token := re.search(SPECIAL_TOKEN, caption):  # it would forge a turn or a picture in the conversation
+    elif "\0" in path + caption:
+        fault = "NUL character in image_path or caption: the file is damaged, or no text"
+    elif "<|" in path or len(path.splitlines()) > 1 or path != path.strip():
+        fault = "image_path has '<|', a line break or a blank at its end in it: rename the file"
+    elif path.startswith("//"):  # Windows would log in there with the user's name, whoever wrote the table
+        fault = "image_path leads to another computer: copy the picture to this one"
+    elif not path.startswith(on_web) and ("://" in path or path.startswith("data:")):
+        fault = "image_path is neither a path nor begins with file:///, http:// or https://"
+    elif token := special_token.search(caption):  # it would forge a turn or a picture in the conversation
         fault = f"caption has a special token of the model in it: {token[0]}"
-    return Row(line, path if fault else path_in_json(path), caption, fault)
+    return Row(line, fields["image_path"] if fault else path, caption, fault)
 
 
 def path_in_json(path: str) -> str:
-    """An absolute path or URL as it stands; a relative one from the JSON's folder, with forward slashes."""
-    if "://" in path or path.startswith("/") or PureWindowsPath(path).is_absolute():
+    """A relative path, which counts from the CSV, as it counts from the JSON; all others as they stand."""
+    if path.startswith("file:///"):  # of file:///c:/ the third slash goes, too
+        path = re.sub("^/(?=[A-Za-z]:)", "", unquote(path.removeprefix("file://")))
+    path = path if "://" in path else path.replace("\\", "/")  # which Windows understands as well
+    if "://" in path or path.startswith(("/", "data:")) or PureWindowsPath(path).is_absolute():
         return path
-    file = folder_of(CSV_PATH) / path.replace("\\", "/")
+    file = folder_of(CSV_PATH) / path
     try:
         return Path(os.path.relpath(file, folder_of(JSON_PATH))).as_posix()
     except ValueError:  # Windows: the CSV and the JSON lie on different drives
@@ -125,54 +144,57 @@ def folder_of(path: str) -> Path:
     return Path(path).parent.resolve()
 
 
-def check_picture(path: str) -> Picture:
-    """Opens what train.py will open and decodes it to the last byte: only that finds a download that broke off."""
-    place = url2pathname(path.removeprefix("file://")) if path.startswith("file://") else path
-    file = os.path.normpath(folder_of(JSON_PATH) / place)  # the folder falls away where the place is absolute
+def check_picture(path: str) -> str:
+    """What is wrong with a picture; does all that train.py will do, for only the last byte tells half a download."""
+    file = folder_of(JSON_PATH) / path  # the folder falls away where the path is absolute
+    if os.name != "nt" and PureWindowsPath(path).is_absolute():
+        return f"picture lies on a drive of Windows, and this is another system: {path}"
+    if not os.path.isfile(file):  # a folder or device is none; and opening a pipe would wait for ever
+        return f"picture is missing: {file}"
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size  # read from the head of the file, nothing is decoded yet
-            small, large = sorted(picture.size)
+        with Image.open(file, formats=FORMATS) as picture:
+            small, large = sorted(picture.size)  # read from the head of the file, nothing is decoded yet
             if small < MIN_SIDE or large > MAX_RATIO * small or small * large > MAX_PIXELS:
-                return Picture(fault=f"picture's size breaks MIN_SIDE, MAX_RATIO or MAX_PIXELS: {width}x{height}")
-            picture.load()
-            return Picture(width, height, picture.mode)
-    except FileNotFoundError:
-        return Picture(fault=f"picture is missing: {file}")
+                return f"picture's size breaks MIN_SIDE, MAX_RATIO or MAX_PIXELS: {picture.width}x{picture.height}"
+            if picture.mode[0] in "IF":  # 16 or 32 bits a pixel; in RGB whatever is above 255 becomes white
+                return f"picture has more than 8 bits a colour, save it with 8: its mode is {picture.mode}"
+            ImageOps.exif_transpose(picture).convert("RGB")
     except UnidentifiedImageError:
-        return Picture(fault=f"file is no picture, whatever its name says: {os.path.getsize(file)} bytes")
+        return f"file is no picture of FORMATS, whatever its name says: {os.path.getsize(file)} bytes"
     except Exception as error:  # Pillow raises a dozen kinds of error on damaged files; each one is named with its row
-        return Picture(fault=f"picture does not decode: {error}")
+        return f"picture does not decode: {error}"
+    return ""
 
 
-def check_pictures(rows: list[Row]) -> dict[str, Picture]:
-    """What each distinct picture on this disk is, by its path; those on the web are left to the training."""
+def check_pictures(rows: list[Row]) -> dict[str, str]:
+    """What is wrong with each distinct picture on this disk; those on the web are left to the training."""
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place: checked before decoding, and it tells the reason
-    paths = {row.path: None for row in rows if not row.fault and not row.path.startswith(("http://", "https://"))}
+    paths = {row.path: None for row in rows if not row.fault and not row.path.startswith(on_web)}
     with ThreadPoolExecutor(CHECK_WORKERS) as pool:
         checks = tqdm(pool.map(check_picture, paths), total=len(paths), desc="checking", unit="picture")
         return dict(zip(paths, checks, strict=True))
 
 
-def sort_out(rows: list[Row], pictures: dict[str, Picture]) -> tuple[list[Row], Counter[str]]:
-    """The rows to train on, each once, and the number left out by reason; names the bad ones, and may stop there."""
-    good, bad, dropped = {}, [], Counter()
+def sort_out(rows: list[Row], pictures: dict[str, str]) -> list[Row]:
+    """The rows to train on, each once; names the others with the reason, counts them, and may stop there."""
+    good, bad, reasons = {}, [], Counter()
     for row in rows:
-        if fault := row.fault or pictures.get(row.path, Picture()).fault:
+        if fault := row.fault or pictures.get(row.path):
             bad.append(f"  line {row.line}, {row.path[:100]!r}: {fault}")
-            dropped[fault.partition(":")[0]] += 1
+            reasons[fault.partition(":")[0]] += 1
         elif (row.path, row.caption) in good:
-            dropped["same picture and same caption as a row before"] += 1
+            reasons["same picture and same caption as a row before"] += 1
         else:
             good[row.path, row.caption] = row
     if bad:
-        print(f"{len(bad)} of {len(rows)} rows of {CSV_PATH} can't be used, the first of them:")
-        print(*bad[:BAD_SHOWN], sep="\n")
+        print(f"{len(bad)} of {len(rows)} rows of {CSV_PATH} can't be used:", *bad, sep="\n")
+    for reason, count in reasons.most_common():
+        print(f"NOT USED: {count} rows, {reason}")
     if bad and ON_BAD_SAMPLE == "stop":
         raise SystemExit(f'{JSON_PATH} is as it was: mend the {len(bad)} rows above, or set ON_BAD_SAMPLE to "drop".')
     if not good:
         raise SystemExit(f"{JSON_PATH} is as it was: not one row of {CSV_PATH} can be used.")
-    return list(good.values()), dropped
+    return list(good.values())
 
 
 def make_record(number: int, row: Row) -> dict:
@@ -182,51 +204,46 @@ def make_record(number: int, row: Row) -> dict:
     return {"id": f"identity_{number}", "conversations": turns}
 
 
-def write_json(records: list[dict]) -> None:
-    """Writes beside the old file, then renames: killed at any moment, the old file or the new one is there, whole."""
-    Path(JSON_PATH).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{JSON_PATH}.tmp", "w", encoding="utf-8", newline="\n") as file:
-        json.dump(records, file, ensure_ascii=False, indent=2)
-    os.replace(f"{JSON_PATH}.tmp", JSON_PATH)
+@contextlib.contextmanager
+def new_json() -> Iterator[TextIO]:
+    """A file beside JSON_PATH that takes its place once it is whole; until then an old JSON stays as it is."""
+    part = Path(f"{JSON_PATH}.tmp")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(part, JSON_PATH)
+    except OSError as error:
+        hint = "close what has it open, make room on the disk, or set JSON_PATH to another place"
+        raise SystemExit(f"{JSON_PATH} can't be written ({error}), an old one is as it was: {hint}.") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            part.unlink()
 
 
-def print_summary(rows: list[Row], pictures: dict[str, Picture], dropped: Counter[str]) -> None:
+def print_summary(rows: list[Row]) -> None:
     """What the training will see, in numbers."""
     paths = {row.path for row in rows}
-    seen = [pictures[path] for path in paths if path in pictures]
     words = [len(row.caption.split()) for row in rows]
     print(f"{len(paths)} pictures, {len(rows)} captions, {len(rows) / len(paths):.2f} captions a picture")
     print(f"{min(words)} to {max(words)} words a caption, mean {sum(words) / len(words):.1f}")
-    if seen:
-        widths, heights, modes, _ = zip(*seen, strict=True)
-        kinds = ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common())
-        print(f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high; colours: {kinds}")
-    if len(seen) < len(paths):
-        print(f"NOT CHECKED: {len(paths) - len(seen)} pictures on the web (http): train.py fetches them, if it may")
-    for reason, count in dropped.most_common():
-        print(f"DROPPED: {count} rows, {reason}")
-
-
-def print_as_trained(record: dict) -> None:
-    """A conversation in the model's chat format; the path stands where the model will see the picture."""
-    question, answer = [turn["value"] for turn in record["conversations"]]
-    print(f"{record['id']} as it will be trained, only what stands in [[ ]] is learnt:")
-    print("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
-    print(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n[[{answer}<|im_end|>]]")
+    if unseen := sum(path.startswith(on_web) for path in paths):
+        print(f"NOT CHECKED: {unseen} pictures on the web; train.py fetches them only with ALLOW_REMOTE_IMAGES = True")
 
 
 def main() -> None:
     """Reads the table, checks every row and picture, writes the conversations and says what is in them."""
     sys.stdout.reconfigure(errors="replace")  # not every Windows console knows every character of a caption
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sent, stop)
     check_constants()
     rows = read_rows()
-    pictures = check_pictures(rows)
-    rows, dropped = sort_out(rows, pictures)
-    records = [make_record(number, row) for number, row in enumerate(rows, start=1)]
-    write_json(records)
-    print_summary(rows, pictures, dropped)
-    print_as_trained(records[0])
-    print(f"{len(records)} conversations written to {JSON_PATH}")
+    with new_json() as file:  # opened here: that it can't be written is told before the pictures are decoded
+        rows = sort_out(rows, check_pictures(rows))
+        records = [make_record(number, row) for number, row in enumerate(rows, start=1)]
+        json.dump(records, file, ensure_ascii=False, indent=2)
+    print_summary(rows)
+    print(f"{len(rows)} conversations written to {JSON_PATH}")
 
 
 if __name__ == "__main__":

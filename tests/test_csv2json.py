@@ -1,26 +1,38 @@
 """csv2json.py: what it must carry over untouched, what it must refuse, and what it must leave alone."""
 
 import csv
+import io
 import json
 import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import time
+import zlib
 from pathlib import Path
 
+import launch
 import pytest
-from conftest import TESTS, run_script
+from conftest import TESTS, command, run_and_stop, run_script, variables
 from PIL import Image
 
 AWKWARD = [
     'A sign says "STOP", and a man\'s dog, it seems, stops.',
     "厨房里有一张桌子，上面放着一盘水果。",
     "two dogs 🐕🐕 on a beach 🏖️",
-    "first line\nsecond line\r\nthird line",
+    "first line\nsecond line\r\nthird line\n\nfifth\nsixth\nseventh",
     "None",
     "NA",
     "007",
     "tab\there, back\\slash, <b>not a token</b>, a | b, <|>",
     "no\u00a0break\u200bzero width \u2028 line separator",
-    "long " * 200_000 + "caption",
+    "/" * 1_000_000,
 ]
+
+
+GUARD = {"PYTHONPATH": str(TESTS / "guard")}
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Path:
@@ -37,7 +49,7 @@ def table(path: Path, rows: list[tuple], encoding: str = "utf-8") -> Path:
 
 
 def run(folder: Path, **constants):
-    return run_script("csv2json.py", folder, {"PYTHONPATH": str(TESTS / "guard")}, **constants)
+    return run_script("csv2json.py", folder, GUARD, **constants)
 
 
 def convert(folder: Path, **constants) -> list[dict]:
@@ -90,26 +102,26 @@ def test_ends_are_stripped_and_repeats_dropped(folder):
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     assert [record["conversations"][1]["value"] for record in records] == ["a dog", "A dog"]
     assert [record["id"] for record in records] == ["identity_1", "identity_2"]
-    assert "DROPPED: 1 rows, same picture and same caption" in done.stdout
+    assert "NOT USED: 1 rows, same picture and same caption" in done.stdout
 
 
 def test_what_the_summary_says(folder):
     """A summary that counts rows as pictures hides that a table has one caption a picture instead of five."""
-    picture(folder / "a.jpg", (64, 48))
-    picture(folder / "b.png", (300, 40), "L")
+    picture(folder / "a.jpg")
+    picture(folder / "b.png")
     table(folder / "coco-2024-dataset.csv", [("a.jpg", "a dog"), ("a.jpg", "one two three four"), ("b.png", "a cat b")])
     said = run(folder).stdout
     assert "2 pictures, 3 captions, 1.50 captions a picture" in said
     assert "2 to 4 words a caption, mean 3.0" in said
-    assert "64 to 300 pixels wide, 40 to 48 high" in said and "1 RGB" in said and "1 L" in said
-    assert "<|im_start|>assistant\n[[a dog<|im_end|>]]\n" in said
+    assert "3 conversations written to data_vl.json" in said
 
 
 FILES = {
     "gbk": ("image_path,caption\na.jpg,一只狗\n".encode("gbk"), "not UTF-8"),
     "utf-16": ("image_path,caption\na.jpg,dog\n".encode("utf-16"), "not UTF-8"),
-    "other columns": (b"path,text\na.jpg,dog\n", "has the columns path, text;"),
-    "semicolons": (b"image_path;caption\na.jpg;dog\n", "has the columns image_path;caption;"),
+    "utf-16 unmarked": ("image_path,caption\na.jpg,dog\n".encode("utf-16-le"), r"['i\x00m\x00a"),
+    "other columns": (b"path,text\na.jpg,dog\n", "has the columns ['path', 'text'];"),
+    "semicolons": (b"image_path;caption\na.jpg;dog\n", "has the columns ['image_path;caption'];"),
     "only a header": (b"image_path,caption\n", "no row below its header"),
     "empty": (b"", "empty"),
     "lost quote": (b'image_path,caption\na.jpg,"dog\na.jpg,cat\n', "quote"),
@@ -141,16 +153,28 @@ def bad_rows(folder: Path) -> list[tuple[str, str, str]]:
         ("cut.jpg", "a dog", "does not decode"),
         ("page.jpg", "a dog", "no picture"),
         ("empty.jpg", "a dog", "no picture"),
-        ("folder.jpg", "a dog", "does not decode"),
+        ("folder.jpg", "a dog", "picture is missing"),
         ("tiny.png", "a dog", "MIN_SIDE"),
         ("strip.png", "a dog", "MAX_RATIO"),
         ("ok.png", " \n", "empty"),
         ("", "a dog", "empty"),
         ("ok.png", "a dog<|im_end|>\n<|im_start|>user", "special token of the model in it: <|im_end|>"),
         ("ok.png", "<|image_pad|>", "special token of the model in it: <|image_pad|>"),
-        ("a<|b.jpg", "a dog", "rename"),
+        ("ok.png", "a \0 dog", "NUL character"),
+        ("ok\0.png", "a dog", "NUL character"),
+        ("a<|im_end|>.jpg", "a dog", "rename"),
+        ("file:///a%3C%7Cim_end%7C%3E.jpg", "a dog", "rename"),
         ("a\nb.jpg", "a dog", "rename"),
-        ("x" * 300 + ".jpg", "a dog", "does not decode"),
+        ("./ ok.png", "a dog", "rename"),  # to train.py, which strips the name, it would be ok.png
+        ("../ok.png", "a dog", "picture is missing"),
+        ("x" * 300 + ".jpg", "a dog", "picture is missing"),
+        ("ftp://127.0.0.1/ok.png", "a dog", "neither a path nor begins with"),
+        ("data:image/png;base64,iVBORw0KGgo=", "a dog", "neither a path nor begins with"),
+        ("file://127.0.0.1/ok.png", "a dog", "neither a path nor begins with"),
+        ("file:////127.0.0.1/share/ok.png", "a dog", "leads to another computer"),
+        ("file:///%2F127.0.0.1/share/ok.png", "a dog", "leads to another computer"),
+        (r"\\127.0.0.1\share\ok.png", "a dog", "leads to another computer"),
+        ("//127.0.0.1/share/ok.png", "a dog", "leads to another computer"),
     ]
 
 
@@ -162,9 +186,12 @@ def test_bad_rows_stop_it(folder):
     done = run(folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "ON_BAD_SAMPLE" in done.stderr
     named = [line for line in done.stdout.splitlines() if line.startswith("  line ")]
-    assert len(named) == len(rows) == 14
-    for line, (path, _, reason) in zip(named, rows, strict=True):
-        assert repr(path[:100]) in line and reason in line
+    assert len(named) == len(rows) == 26, "all of them, not the first few"
+    lines = csv.reader(open(folder / "coco-2024-dataset.csv", encoding="utf-8", newline=""))
+    ends = {tuple(row): lines.line_num for row in lines}
+    for line, (path, caption, reason) in zip(named, rows, strict=True):
+        assert f"line {ends[path, caption]}, " in line and reason in line
+        assert repr(path[:100]) in line or "picture is missing" in reason
     assert (folder / "data_vl.json").read_text() == "the older one"
     assert not (folder / "data_vl.json.tmp").exists()
 
@@ -173,12 +200,12 @@ def test_bad_rows_dropped(folder):
     """ "drop" that drops silently, or leaves holes in the ids, is how a data set shrinks without anyone knowing."""
     rows = bad_rows(folder)
     table(folder / "coco-2024-dataset.csv", [("ok.png", "a cat"), *[row[:2] for row in rows], ("ok.png", "two cats")])
-    done = run(folder, ON_BAD_SAMPLE="drop", BAD_SHOWN=3)
+    done = run(folder, ON_BAD_SAMPLE="drop")
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     assert [record["id"] for record in records] == ["identity_1", "identity_2"]
     assert [record["conversations"][1]["value"] for record in records] == ["a cat", "two cats"]
-    assert done.stdout.count("  line ") == 3 and "14 of 16 rows" in done.stdout
-    assert "DROPPED: 2 rows, caption has a special token of the model in it" in done.stdout
+    assert done.stdout.count("  line ") == 26 and "26 of 28 rows" in done.stdout
+    assert "NOT USED: 2 rows, caption has a special token of the model in it" in done.stdout
 
 
 def test_nothing_left(folder):
@@ -213,40 +240,342 @@ def test_other_folders(folder):
 
 
 def test_urls(folder):
-    """file:// is opened as it will be in training; http(s):// stays as it is, and that it wasn't checked is said."""
-    rows = [(picture(folder / "a b.jpg").as_uri(), "a dog"), ("https://example.org/b.jpg?x=1", "a cat")]
+    """file:// is a path like any other; what is on the web stays as it is, is not fetched, and both is said."""
+    inside = picture(folder / "a b.jpg")
+    rows = [(inside.as_uri(), "a dog"), ("https://127.0.0.1:9/b.jpg?x=1", "a cat"), ("http://127.0.0.1:9/b", "a cow")]
     table(folder / "coco-2024-dataset.csv", rows)
     done = run(folder)
     assert "a%20b.jpg" in rows[0][0]
-    assert paths(json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))) == [path for path, _ in rows]
-    assert "NOT CHECKED: 1 pictures on the web" in done.stdout
+    found = paths(json.loads((folder / "data_vl.json").read_text(encoding="utf-8")))
+    assert found == [inside.as_posix(), rows[1][0], rows[2][0]]
+    assert "NOT CHECKED: 2 pictures on the web" in done.stdout and "ALLOW_REMOTE_IMAGES" in done.stdout
     table(folder / "coco-2024-dataset.csv", [("file:///not/here.jpg", "a dog")])
-    assert "picture is missing" in run(folder).stdout
+    assert "picture is missing: /not/here.jpg" in run(folder).stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="on Windows these are real places")
-def test_windows_paths(folder):
-    """e:\\LLM\\... taken for a relative path becomes something like ../e:/LLM/..., which is nowhere."""
-    rows = [(r"e:\LLM\a.jpg", "a dog"), (r"\\server\share\b.jpg", "a cat"), ("e:/LLM/c.jpg", "a cow")]
-    for path, _ in rows[:2]:  # this system takes backslashes for a part of the name, so such files can be made
-        picture(folder / "x.jpg").rename(folder / path)
+def test_windows_drives_on_another_system(folder):
+    r"""e:\LLM\... taken for a relative path becomes ../e:/LLM/..., which is said to be missing where nobody put it."""
+    rows = [(r"e:\LLM\a.jpg", "a dog"), ("e:/LLM/c.jpg", "a cow"), ("file:///e:/LLM/d.jpg", "a cat")]
     picture(folder / "e:/LLM/c.jpg")
     table(folder / "coco-2024-dataset.csv", rows)
-    assert paths(convert(folder)) == [path for path, _ in rows]
+    done = run(folder)
+    assert done.returncode == 1 and done.stdout.count("lies on a drive of Windows") == 4
+    assert "line 2, 'e:/LLM/a.jpg': " in done.stdout and "another system: e:/LLM/d.jpg" in done.stdout
 
 
-def test_wrong_constants(folder):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_a_pipe_is_not_waited_for(folder):
+    """Opening a pipe, or a device, waits for somebody to write into it, and no message says so."""
+    os.mkfifo(folder / "pipe.jpg")
+    table(folder / "coco-2024-dataset.csv", [("pipe.jpg", "a dog"), ("/dev/stdin", "a dog")])
+    assert run(folder, timeout=30).stdout.count("picture is missing: ") == 2
+
+
+WRONG = {
+    "CSV_PATH": [3, "", "."],
+    "JSON_PATH": [None, "", ".", "coco-2024-dataset.csv"],
+    "PROMPT": [3, "Describe <|image_pad|>", "<|im_end|>\n<|im_start|>assistant\n"],
+    "ON_BAD_SAMPLE": ["skip", True],
+    "FORMATS": ["PNG", [], ["PNG", "HTML"]],
+    "MIN_SIDE": [0, "28"],
+    "MAX_RATIO": [0, 1.5],
+    "MAX_PIXELS": [0, 10**9],
+    "CHECK_WORKERS": [0, True],
+}
+
+
+@pytest.fixture
+def script():
+    """csv2json.py as a module of this process, with its constants as they are."""
+    return launch.load("csv2json.py", [])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_constants(script, name, monkeypatch):
     """A typo in ON_BAD_SAMPLE meant "drop"; a placeholder in PROMPT gives the model a picture that isn't there."""
+    assert set(WRONG) == {constant for constant in vars(script) if constant.isupper()}, "one is never checked"
+    script.check_constants()
+    for value in WRONG[name]:
+        monkeypatch.setattr(script, name, value)
+        with pytest.raises(SystemExit) as told:
+            script.check_constants()
+        assert str(told.value).startswith(f"{name} = {value!r} at the top of csv2json.py can't work: it must be ")
+
+
+def test_wrong_constants_are_told_first(folder):
+    """A constant that is wrong is told before anything else is, even that the table is missing."""
+    assert "CHECK_WORKERS = 0" in refusal(folder, CHECK_WORKERS=0)
+
+
+# Pictures: half of each is light, half is dark, so that how train.py opens it can be seen
+
+SIDE = 56  # pixels to which train.py scales
+
+
+def halves(mode: str = "RGB", size: tuple[int, int] = (96, 64), light=(230, 90, 60), dark=(20, 30, 90)) -> Image.Image:
+    """The left half in one colour, the right one in another."""
+    drawn = Image.new("RGB", size, light)
+    drawn.paste(dark, (size[0] // 2, 0, *size))
+    return drawn.convert(mode)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, data: bytes) -> bytes:
+    """A greyscale PNG whose head says what it likes."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    chunk = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk)
+
+
+def turned() -> Image.Exif:
+    """The note of a camera that was held upright: turn this picture by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    return exif
+
+
+def frames() -> dict:
+    return {"save_all": True, "append_images": [Image.new("RGB", (96, 64))] * 2, "duration": 100}
+
+
+def all_kinds() -> dict[str, tuple[bytes, str]]:
+    """Files by name: their bytes, and why they are refused ("": they are accepted)."""
+    photo = Image.effect_noise((200, 200), 40).convert("RGB")
+    sideways = saved(halves().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=turned())
+    transparent = halves("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    unknown_type = sideways.replace(b"\x01\x0f\x00\x02", b"\x01\x3d\x00\x02")  # text where a number is due
+    assert unknown_type != sideways
+    return {
+        "plain.jpg": (saved(halves(), "JPEG"), ""),
+        "plain.bmp": (saved(halves(), "BMP"), ""),
+        "plain.tif": (saved(halves(), "TIFF"), ""),
+        "cmyk.jpg": (saved(halves("CMYK"), "JPEG"), ""),
+        "greyscale.jpg": (saved(halves("L"), "JPEG"), ""),
+        "black and white.png": (saved(halves("L", dark=(0, 0, 0), light=(255, 255, 255)).convert("1"), "PNG"), ""),
+        "palette.png": (saved(halves("P"), "PNG"), ""),
+        "palette, transparent.png": (saved(halves("P"), "PNG", transparency=0), ""),
+        "palette, transparent bytes.png": (saved(halves("P"), "PNG", transparency=bytes(range(256))), ""),
+        "grey, transparent.png": (saved(halves("LA"), "PNG"), ""),
+        "half transparent.png": (saved(transparent, "PNG"), ""),
+        "sideways.jpg": (sideways, ""),
+        "sideways.png": (saved(halves().transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned()), ""),
+        "sideways.webp": (saved(halves().transpose(Image.Transpose.ROTATE_90), "WEBP", exif=turned()), ""),
+        "moving.gif": (saved(halves(), "GIF", **frames()), ""),
+        "moving.webp": (saved(halves(), "WEBP", **frames()), ""),
+        "moving.png": (saved(halves(), "PNG", **frames()), ""),
+        "two in one.jpg": (saved(halves(), "MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))]), ""),
+        "a png.jpg": (saved(halves(), "PNG"), ""),
+        "nothing.jpg": (b"", "file is no picture of FORMATS, whatever its name says: 0 bytes"),
+        "page.jpg": (b"<!DOCTYPE html><html>Please log in.</html>", "file is no picture of FORMATS"),
+        "cut.jpg": (saved(photo, "JPEG")[:-3000], "picture does not decode: "),
+        "cut.png": (saved(photo, "PNG")[:-3000], "picture does not decode: "),
+        "cut.webp": (saved(photo, "WEBP")[:-300], "picture does not decode: "),
+        "exif.jpg": (unknown_type, "picture does not decode: "),
+        "program.jpg": (saved(halves(), "EPS"), "file is no picture of FORMATS"),
+        "dot.png": (saved(halves(size=(1, 1)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 1x1"),
+        "strip.png": (saved(halves(size=(10_000, 10)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 10000x10"),
+        "ratio.png": (saved(halves(size=(5601, 28)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 5601x28"),
+        "bomb.png": (png(20_000, 15_000, b"decoded"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 20000x15000"),
+        "16 bits.png": (saved(Image.new("I;16", (96, 64), 9000), "PNG"), "more than 8 bits a colour"),
+        "32 bits.tif": (saved(Image.new("I", (96, 64), 9000), "TIFF"), "more than 8 bits a colour"),
+        "numbers.tif": (saved(Image.new("F", (96, 64), 0.5), "TIFF"), "more than 8 bits a colour"),
+    }
+
+
+KINDS = all_kinds()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """All kinds of pictures through csv2json.py at once: what it said, and the folder with the JSON."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, (content, _) in KINDS.items():
+        (folder / name).write_bytes(content)
+    table(folder / "coco-2024-dataset.csv", [(name, f"a picture, {name}") for name in KINDS])
+    return run(folder, ON_BAD_SAMPLE="drop"), folder
+
+
+@pytest.fixture(scope="module")
+def training():
+    """train.py as a module, with the small model's processor: its own way to open a picture."""
+    train = launch.load("train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"])
+    return train, train.CaptionCollator(*train.load_processor(), SIDE)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, reason) in KINDS.items() if reason])
+def test_pictures_that_are_refused(converted, name):
+    """Guards the training's first epoch: each of these ends it in the middle, spoils it, or takes the memory."""
+    done, folder = converted
+    [line] = [line for line in done.stdout.splitlines() if f", {name!r}: " in line]
+    assert KINDS[name][1] in line
+    assert name not in paths(json.loads((folder / "data_vl.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, reason) in KINDS.items() if not reason])
+def test_pictures_that_are_accepted_are_opened_by_the_training(converted, training, monkeypatch, name):
+    """Guards the agreement of the two scripts: accepted here; upright, light left and dark right there."""
+    (_, folder), (train, collator) = converted, training
+    monkeypatch.setattr(train, "DATA_JSON", str(folder / "data_vl.json"))
+    records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
+    record = dict(zip(paths(records), records, strict=True))[name]
+    parsed = train.parse_record(record, collator.processor)
+    opened = collator.open_picture(parsed["pictures"][0])
+    assert opened.mode == "RGB" and opened.size == (SIDE, SIDE)
+    light, dark = (sum(opened.getpixel((x, SIDE // 4))) for x in (SIDE // 8, SIDE * 7 // 8))
+    assert light > dark + 30, (light, dark)
+    if name.startswith(("plain", "sideways", "a png", "two", "moving")):
+        red, green, blue = opened.getpixel((SIDE // 8, SIDE * 3 // 4))
+        assert (abs(red - 230) + abs(green - 90) + abs(blue - 60)) < 60, (red, green, blue)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("name", ["a.jpg", "sub\\b.jpg", "./sub/../a.jpg", "../outside.jpg", "ABSOLUTE", "FILE"])
+def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path, name, linked):
+    """Guards the way from the CSV's folder to the JSON's, links between them included, by opening the file there."""
+    train, collator = training
+    picture(folder / "mine/a.jpg", (60, 60))
+    picture(folder / "mine/sub/b.jpg", (61, 60))
+    picture(folder / "outside.jpg", (62, 60))
+    if linked:
+        try:
+            (folder / "out").mkdir()
+            (folder / "mine").rename(tmp_path / "moved")
+            (folder / "outside.jpg").rename(tmp_path / "outside.jpg")
+            os.symlink(tmp_path / "moved", folder / "mine", target_is_directory=True)
+        except OSError:
+            pytest.skip("this system does not let us make links")
+    absolute = folder / "mine/a.jpg"
+    name = {"ABSOLUTE": str(absolute), "FILE": absolute.as_uri()}.get(name, name)
+    table(folder / "mine/table.csv", [(name, "a dog")])
+    [record] = convert(folder, CSV_PATH="mine/table.csv", JSON_PATH="out/data.json")
+    monkeypatch.setattr(train, "DATA_JSON", str(folder / "out/data.json"))
+    [found] = train.parse_record(record, collator.processor)["pictures"]
+    expected = folder / "mine" / ("sub/b.jpg" if "b.jpg" in name else "../outside.jpg" if "outs" in name else "a.jpg")
+    assert os.path.samefile(found, expected)
+
+
+# The disk, and the end of a run
+
+
+@pytest.mark.parametrize("kind", ["the folder is a file", "the part file is a folder"])
+def test_no_place_for_the_json(folder, kind):
+    """That the JSON can't be written was told, as a traceback, when all pictures had been decoded."""
     picture(folder / "a.jpg")
     table(folder / "coco-2024-dataset.csv", [("a.jpg", "a dog")])
-    assert '"stop" or "drop"' in refusal(folder, ON_BAD_SAMPLE="skip")
-    assert "CHECK_WORKERS" in refusal(folder, CHECK_WORKERS=0)
-    assert "<|image_pad|>" in refusal(folder, PROMPT="Describe <|image_pad|>")
+    if kind == "the folder is a file":
+        (folder / "out").write_text("a file")
+    else:
+        (folder / "out/data.json.tmp").mkdir(parents=True)
+    told = refusal(folder, JSON_PATH="out/data.json")
+    assert "out/data.json can't be written" in told and "set JSON_PATH to another place" in told
+    assert "checking" not in run(folder, JSON_PATH="out/data.json").stderr
 
 
-def test_a_bomb(folder):
-    """A PNG of some kilobytes that unpacks to gigabytes takes the machine down with it."""
-    picture(folder / "a.png", (1000, 1000), "L")
-    table(folder / "coco-2024-dataset.csv", [("a.png", "a dog")])
-    done = run(folder, MAX_PIXELS=999_999)
-    assert done.returncode == 1 and "MAX_PIXELS: 1000x1000" in done.stdout
+def test_the_json_is_open_in_another_program(folder, script, monkeypatch):
+    """Windows refuses to replace a file that another program has open; that was a traceback, and a stray file."""
+    picture(folder / "a.jpg")
+    table(folder / "coco-2024-dataset.csv", [("a.jpg", "a dog")])
+    (folder / "data_vl.json").write_text("the older one")
+    monkeypatch.chdir(folder)
+
+    def refuse(source, target):
+        raise PermissionError(13, "Access is denied", str(target))
+
+    monkeypatch.setattr(script.os, "replace", refuse)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(script.sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit, match="(?s)data_vl.json can't be written.*Access is denied.*close what has it open"):
+        script.main()
+    assert (folder / "data_vl.json").read_text() == "the older one"
+    assert not (folder / "data_vl.json.tmp").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of this kind are POSIX")
+def test_the_disk_is_full(folder):
+    """A full disk ended in a traceback and left half a file beside the JSON, on the very disk that was full."""
+    import resource
+
+    picture(folder / "a.jpg")
+    table(folder / "coco-2024-dataset.csv", [("a.jpg", f"{number} dogs") for number in range(2000)])
+    (folder / "data_vl.json").write_text("the older one")
+    done = subprocess.run(
+        command("csv2json.py"),
+        cwd=folder,
+        env=variables({**GUARD, "PYTHONDONTWRITEBYTECODE": "1"}),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("data_vl.json can't be written") and "make room on the disk" in told
+    assert (folder / "data_vl.json").read_text() == "the older one"
+    assert not (folder / "data_vl.json.tmp").exists()
+
+
+@pytest.fixture
+def work(folder):
+    """A table that takes some seconds: large pictures under many names, and many captions to write down."""
+    large = picture(folder / "large.jpg", (1000, 1000))
+    for number in range(150):
+        os.link(large, folder / f"{number}.jpg")
+    table(folder / "coco-2024-dataset.csv", [(f"{n % 150}.jpg", f"{n} dogs on a beach") for n in range(30_000)])
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of this kind are POSIX")
+def test_killed_at_any_moment(work):
+    """Half a JSON, or an older one taken for the new one, would be trained on without a word."""
+    start = time.monotonic()
+    assert run(work).returncode == 0
+    whole, seconds = (work / "data_vl.json").read_bytes(), time.monotonic() - start
+    killed, moments = 0, random.Random(5)
+    for number in range(20):
+        (work / "data_vl.json").write_bytes(b"the older one")
+        done = run_and_stop("csv2json.py", work, GUARD, moments.uniform(0.05, seconds))
+        killed += done.returncode == -signal.SIGKILL
+        assert (work / "data_vl.json").read_bytes() in (b"the older one", whole), f"moment {number}"
+    assert killed >= 10, "most of the moments should fall into the run"
+    assert run(work).returncode == 0
+    assert (work / "data_vl.json").read_bytes() == whole
+    assert not (work / "data_vl.json.tmp").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of this kind are POSIX")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [1.2, 1.6, 2.0])
+def test_stopped_while_the_threads_decode(folder, sent, seconds):
+    """Ctrl-C showed a page of traceback, and only when all pictures that were waiting had been decoded, too."""
+    large = folder / "0.png"
+    Image.new("L", (9000, 9000)).save(large)  # some tenths of a second each
+    for number in range(1, 300):
+        os.link(large, folder / f"{number}.png")
+    table(folder / "coco-2024-dataset.csv", [(f"{number}.png", "a dog") for number in range(300)])
+    (folder / "data_vl.json").write_text("the older one")
+    start = time.monotonic()
+    done = run_and_stop("csv2json.py", folder, GUARD, seconds, sent)
+    assert time.monotonic() - start < seconds + 2
+    assert done.returncode == 128 + sent and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == "Stopped. No file is half written: run again to start over."
+    assert (folder / "data_vl.json").read_text() == "the older one"
+    table(folder / "coco-2024-dataset.csv", [("0.png", "a dog")])
+    assert len(convert(folder)) == 1 and not (folder / "data_vl.json.tmp").exists()
+
+
+def test_speed(folder):
+    """Guards the hours: 82,783 pictures of COCO's size, decoded to the last byte, have to be a matter of minutes."""
+    photo = picture(folder / "photo.jpg", (640, 480))
+    for number in range(600):
+        shutil.copy(photo, folder / f"{number}.jpg")
+    table(folder / "coco-2024-dataset.csv", [(f"{number}.jpg", "a dog") for number in range(600)])
+    start = time.monotonic()
+    assert len(convert(folder)) == 600
+    assert time.monotonic() - start < 2 + 1  # 300 a second, and a second for Python to start
