@@ -37,26 +37,9 @@ SIDE = 56  # pixels of a picture's side, which makes it 4 tokens
 pieces = st.sampled_from(
     [*SPECIAL, "<|", "|>", "<", "|", ">", "<|im", "_end|>", "im_start", "<|im_end", "|im_end|>", "<|im_end |>"]
     + ["＜|im_end|＞", "<｜im_end｜>", "<|IM_END|>", "<|\u200bim_end|>", "≮|im_end|>", "<\u0338|im_end|>", "|>\u0338"]
-    + [
-        "\n",
-        "\r\n",
-        "\r",
-        '"',
-        '""',
-        "'",
-        ",",
-        ";",
-        "\t",
-        "\\",
-        "\\n",
-        "\0",
-        "\x1a",
-        "\x85",
-        "\u2028",
-        "\ufeff",
-        "\u00a0",
-    ]
-    + ["user\n", "assistant\n", "A dog.", "一只狗。", "e\u0301", "\u0301", "🐕\u200d🦺", "\u202e", "=1+1", "NA", " "]
+    + ["\n", "\r\n", "\r", '"', '""', "'", ",", ";", "\t", "\\", "\\n", "\0", "\x1a", "\x85", "\u2028", "\ufeff"]
+    + ["user\n", "assistant\n", "A dog.", "一只狗。", "e\u0301", "\u0301", "🐕\u200d🦺", "\u202e", "\u00a0"]
+    + ["=1+1", "NA", " ", "%20", "&amp;"]
 )
 letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 captions = st.lists(pieces | letters, max_size=8).map("".join)
