@@ -137,6 +137,7 @@ def fetch(hub) -> None:
     record = json.dumps({"model": MODEL_ID, "revision": REVISION, "files": files}, indent=2)
     (Path(MODEL_FOLDER) / f"{RECORD_FILE}.tmp").write_text(record, encoding="utf-8")
     os.replace(Path(MODEL_FOLDER) / f"{RECORD_FILE}.tmp", Path(MODEL_FOLDER) / RECORD_FILE)
+    print(f"{MODEL_FOLDER} is whole: every file has the size and the SHA-256 that the hub gives")
 
 
 def ensure_model() -> None:

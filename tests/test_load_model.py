@@ -66,7 +66,7 @@ class Runner:
         if os.name == "nt":  # no fork: each run is a process of its own
             return
         with Hub() as hub:  # the guard, and what transformers reads when it is imported
-            environment = variables(hub.environment())
+            environment = variables({**hub.environment(), "PYTHONUNBUFFERED": ""})  # as at a user's
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
         self.process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
 
@@ -259,6 +259,7 @@ def test_verifying_is_seen_to_move(script, monkeypatch, tmp_path):
     (tmp_path / "large").write_bytes(bytes(5_000_000))
     assert script.is_whole("large", 5_000_000, None, bar)
     assert len(moves) >= 4 and sum(moves) == 5_000_000
+    assert not script.is_whole("large", 5_000_001, None, bar)  # a hub that gives no sum still gives the size
 
 
 # Faults of the network
@@ -515,6 +516,7 @@ def test_constants_are_checked(script, monkeypatch):
     script.check_constants()
     assert {name for name in vars(script) if name.isupper()} == set(BAD)
     assert script.MODEL_FOLDER == script.MODEL_ID  # a user who changes only the second keeps both models
+    assert f'MODEL_FOLDER = "{script.MODEL_FOLDER}"' in (TESTS.parent / "train.py").read_text(encoding="utf-8")
     for name, values in BAD.items():
         for value in values:
             with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^{name} = .*must be") as told:
@@ -592,13 +594,15 @@ def test_killed_at_any_moment(runner, model_hub, tmp_path):
 
 @posix
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("moment", ["still to come", "verifying", "no network is used"])
+@pytest.mark.parametrize("moment", ["asking the hub", "still to come", "verifying", "no network is used"])
 def test_stopped_with_one_sentence(runner, whole, model_hub, sent, moment):
     """A traceback, or a wait for the download under way, is no answer to Ctrl-C; nor is a spoilt folder."""
     model_hub.faults[FILE] = slow(0.2)
     expected, record = everything(whole / FOLDER), whole / FOLDER / ".complete.json"
-    if moment == "still to come":
+    if moment in ("asking the hub", "still to come"):
         shutil.rmtree(whole / FOLDER)
+    if moment == "asking the hub":
+        model_hub.faults[LISTING] = stall
     if moment == "verifying":  # a second of it: zeros, which take no room
         with open(whole / FOLDER / "large", "wb") as file:
             file.truncate(2**31)
