@@ -315,6 +315,69 @@ def cut_short(handler: Handler) -> None:
     handler.answer(share=1 / 3)
 
 
+def hang_up(handler: Handler) -> None:
+    """The connection ends without a word, as a firewall or a crash ends it."""
+    handler.close_connection = True
+
+
+def garbled(handler: Handler) -> None:
+    """The right length, but the second half is another file's: zeros."""
+    body = whole_body(handler)
+    handler.send(200, body[: len(body) // 2] + bytes(len(body) - len(body) // 2))
+
+
+def wrong_length(factor: float) -> Callable[[Handler], None]:
+    """A Content-Length that promises `factor` times what there is: above 1 the client waits for the rest in vain."""
+
+    def fault(handler: Handler) -> None:
+        body = whole_body(handler)
+        handler.send(200, io.BytesIO(body), length=int(len(body) * factor))
+
+    return fault
+
+
+def drip(pause: float, pieces: int) -> Callable[[Handler], None]:
+    """The truth in `pieces` pieces with `pause` seconds before each: never silent for long, but slow."""
+
+    def fault(handler: Handler) -> None:
+        body = whole_body(handler)
+        size = max(1, len(body) // pieces)
+        handler.send(200, b"", headers={"Content-Length": len(body)})
+        for start in range(0, len(body), size):
+            handler.wfile.flush()
+            time.sleep(pause)
+            handler.wfile.write(body[start : start + size])
+
+    return fault
+
+
+def late(seconds: float) -> Callable[[Handler], None]:
+    """The truth after a while."""
+
+    def fault(handler: Handler) -> None:
+        time.sleep(seconds)
+        handler.answer()
+
+    return fault
+
+
+def on_share(fault: Callable[[Handler], None], percent: int) -> Callable[[Handler], None]:
+    """`fault` for so many of a hundred paths that differ in their last number, the truth for the others."""
+
+    def chosen(handler: Handler) -> None:
+        number = int(re.findall(r"\d+", handler.path)[-1])
+        (fault if number * 37 % 100 < percent else Handler.answer)(handler)
+
+    return chosen
+
+
+def whole_body(handler: Handler) -> bytes:
+    """What the hub would truly answer."""
+    address = urlsplit(handler.path)
+    found = handler.server.hub.find(unquote(address.path), parse_qs(address.query))
+    return found if isinstance(found, bytes) else found.read_bytes()
+
+
 def official_name(image_id: int) -> str:
     return f"COCO_train2014_{image_id:012d}.jpg"
 

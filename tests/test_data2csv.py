@@ -30,6 +30,11 @@ def picture_requests(hub: Hub) -> list[str]:
     return [path for path in hub.requests if path.endswith(".jpg")]
 
 
+def images(folder: Path) -> list[Path]:
+    """The images, without the preview."""
+    return sorted((folder / "coco_2014_caption").glob("[0-9]*.jpg"))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Everything the script left, but for its cache."""
     return {
@@ -54,6 +59,7 @@ def test_images_and_captions_in_table_order(hub, folder):
         "222016.jpg",
         "384029.jpg",
         "57870.jpg",
+        "preview.jpg",
     ]
     assert "3 images" in run.stdout and "5 captions" in run.stdout
 
@@ -61,7 +67,7 @@ def test_images_and_captions_in_table_order(hub, folder):
 def test_bytes_as_served(hub, folder, pictures):
     """A decoded and re-encoded picture loses quality; every file must equal what the host served."""
     assert data2csv(hub, folder).returncode == 0
-    for file in (folder / "coco_2014_caption").iterdir():
+    for file in images(folder):
         served = (pictures / "images" / file.name).read_bytes()
         assert hashlib.sha256(file.read_bytes()).digest() == hashlib.sha256(served).digest()
     assert (folder / "coco-2024-dataset.csv").read_bytes().startswith(b"image_path,caption\ncoco_2014_caption/")
@@ -130,9 +136,9 @@ def test_first_host_fails(hub, folder, pictures, fault):
     hub.faults[FIRST_HOST] = fault
     run = data2csv(hub, folder, fallbacks=True)
     assert run.returncode == 0 and "0 replaced" in run.stdout
-    for file in (folder / "coco_2014_caption").iterdir():
+    for file in images(folder):
         assert file.read_bytes() == (pictures / "images" / file.name).read_bytes()
-    assert len(list((folder / "coco_2014_caption").iterdir())) == 6
+    assert len(images(folder)) == 6
 
 
 def test_picture_cut_once(hub, folder):
@@ -157,9 +163,7 @@ def test_picture_that_nobody_has(hub, folder):
     assert run.returncode == 0 and "1 replaced" in run.stdout and "Image 384029" in run.stdout + run.stderr
     paths = [row["image_path"] for row in read_csv(folder / "coco-2024-dataset.csv")]
     assert paths == [f"coco_2014_caption/{number}.jpg" for number in (57870, 222016, 520950)]
-    assert sorted(file.name for file in (folder / "coco_2014_caption").iterdir()) == sorted(
-        Path(path).name for path in paths
-    )
+    assert [file.name for file in images(folder)] == sorted(Path(path).name for path in paths)
 
 
 def test_both_hosts_dead(tmp_path, folder):
