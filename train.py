@@ -1,47 +1,46 @@
 """Stage 4 of 4: teach Qwen2-VL-2B-Instruct to caption pictures with LoRA, and show what it learned.
 
 Reads   data_vl.json (csv2json.py) with the pictures it names, and Qwen/Qwen2-VL-2B-Instruct/ (load_model.py)
-Writes  data_vl_train.json, data_vl_test.json: the split, by picture; swanlog/: the SwanLab run
-        output/Qwen2-VL-2B/: the adapter with its processor, checkpoints, run.json (what made it), results.json (scores
-        and captions before and after) and report.html (the same to look at: open it with a double click)
+Writes  output/Qwen2-VL-2B/: report.html (open it with a double click, from the first minutes on), the adapter with its
+        processor, checkpoints, run.json (what made it), results.json (scores, captions before and after); swanlog/
 Run     python train.py, or on several cards: torchrun --nproc_per_node=2 train.py
-        Stopped halfway, run it again: it goes on from the last complete checkpoint.
-Takes   for 500 pictures minutes on a current card and about 6 GB of its memory at batch 4; the estimate for your
-        constants is printed before the first step.
+        Stopped halfway, by Ctrl-C or worse, run it again: it goes on from the last complete checkpoint.
+Takes   for 500 pictures minutes and about 6 GB on a current card; both are measured before the first step
 """
 
 import base64
 import contextlib
+import functools
 import hashlib
 import html
-import importlib.metadata
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
-import traceback
 import warnings
-from itertools import cycle, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.request import url2pathname
 
 import datasets
 import pandas
+import peft
 import psutil
 import swanlab
 import torch
 import transformers
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
+from accelerate.utils import gather_object, reduce
+from matplotlib import pyplot
 from PIL import Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from qwen_vl_utils import process_vision_info
+from safetensors import SafetensorError
 from swanlab.integration.transformers import SwanLabCallback
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -50,12 +49,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
-TRAIN_JSON, TEST_JSON = "data_vl_train.json", "data_vl_test.json"  # written: what is trained on, what is held out
+IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
 IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
 ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
-ALLOW_REMOTE_IMAGES = False  # True: fetch the http(s):// pictures of the JSON; only for a JSON that you trust
 # Model
 MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # any Qwen2-VL folder
 LORA_RANK = 64  # width of the adapter; its size and memory grow with it; 8 to 64 are usual
@@ -69,16 +67,16 @@ EPOCHS = 2  # times that each training picture is seen
 LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
 WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
 SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
-GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": when memory is short
+GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
 DATALOADER_WORKERS = "auto"  # processes that open pictures; 0: none; "auto": by the number of CPU cores
 # Evaluation and saving
 EVAL_BATCH_SIZE = 8  # pictures captioned at once
 MAX_NEW_TOKENS = 128  # a caption that doesn't end by itself is cut here
+SAMPLES_SHOWN = 5  # held-out pictures followed from evaluation to evaluation, on the terminal and in SwanLab
 LOG_STEPS = 5  # optimizer steps between two points of the curves
 SAVE_STEPS = 100  # optimizer steps between checkpoints; the end of an epoch is always saved
 KEEP_CHECKPOINTS = 2  # older ones are deleted
 OUTPUT_FOLDER = "output/Qwen2-VL-2B"
-MERGE_ADAPTER = False  # True: also write merged/, the model with the adapter folded in (as large as the model)
 # SwanLab
 SWANLAB_MODE = "auto"  # "online", "local", "offline", "disabled"; "auto": online if logged in, else local
 SWANLAB_PROJECT, SWANLAB_EXPERIMENT = "Qwen2-VL-finetune", "qwen2vl-coco2014"
@@ -87,97 +85,89 @@ SHARE_MACHINE_INFO = False  # True: host name, folder, command line and git addr
 # ---------------------------------------------------------------------------------------------------------------------
 
 picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
-end_of_turn = "<|im_end|>"  # what the chat template writes behind each turn
+special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat template may write
+end_of_turn = "<|im_end|>"  # what it writes behind each turn
 word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
 
 
 def check_constants():
     """Refuse an impossible constant by its name, before anything is read."""
-    counts = "TEST_IMAGES MAX_LENGTH LORA_RANK LORA_ALPHA BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE"
-    counts += " MAX_NEW_TOKENS LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS SWANLAB_TIMEOUT"
-    for names, is_legal, legal in (
-        (counts, lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
-        ("EPOCHS LEARNING_RATE", lambda value: isinstance(value, int | float) and value > 0, "a number above 0"),
-        ("LORA_DROPOUT WARMUP", lambda value: isinstance(value, int | float) and 0 <= value < 1, "from 0 to below 1"),
-        ("IMAGE_SIZE", lambda value: value in range(56, 9999, 28), "56, 84, 112, ...: a multiple of 28"),
-        ("ON_BAD_SAMPLE", lambda value: value in ("stop", "drop"), '"stop" or "drop"'),
-        ("GRADIENT_CHECKPOINTING", lambda value: value in (True, False, "auto"), 'True, False or "auto"'),
-        ("DATALOADER_WORKERS", lambda value: value == "auto" or value in range(999), '"auto", 0 or more'),
-        ("SWANLAB_MODE", lambda value: value in "auto online local offline disabled".split(), "a mode named there"),
-    ):
-        for name in names.split():
-            if not is_legal(value := globals()[name]):
-                raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be {legal}.")
+    counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
+    counts += " SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
+    positive, shares = ("LORA_ALPHA", "EPOCHS", "LEARNING_RATE", "SWANLAB_TIMEOUT"), ("LORA_DROPOUT", "WARMUP")
+    legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
+    legal |= dict.fromkeys(positive, pandas.Interval(0, 10**6, closed="neither"))
+    legal |= dict.fromkeys(shares, pandas.Interval(0, 1, closed="left"))
+    legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
+    legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
+    legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
+    for name, values in legal.items():
+        value, fine = globals()[name], False
+        with contextlib.suppress(TypeError):  # text where a number is due
+            fine = value in values and not (isinstance(value, float) and isinstance(values, range))
+        if not fine:
+            raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
 
 
 def load_processor():
     """Load processor (tokenizer, chat template, image processor) and configuration of MODEL_FOLDER; no weights yet."""
-    config = Path(MODEL_FOLDER) / "config.json"
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "qwen2_vl":
-        raise SystemExit(f"{MODEL_FOLDER} holds no Qwen2-VL model: run load_model.py first, or set MODEL_FOLDER.")
-    return [kind.from_pretrained(MODEL_FOLDER) for kind in (transformers.AutoProcessor, transformers.AutoConfig)]
+    try:
+        if json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2_vl":
+            raise ValueError("its config.json names another model_type")
+        return [kind.from_pretrained(MODEL_FOLDER) for kind in (transformers.AutoProcessor, transformers.AutoConfig)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{MODEL_FOLDER} is no Qwen2-VL, run load_model.py or set MODEL_FOLDER: {error}") from None
 
 
-def locate_picture(name):
-    """Return the absolute path of a picture, or its http(s):// address as it is; ValueError if it can't be used."""
-    if name.startswith(("http://", "https://")):
-        if not ALLOW_REMOTE_IMAGES:
-            raise ValueError(f"{name} is remote: set ALLOW_REMOTE_IMAGES if you trust {DATA_JSON}")
-        return name
-    name = url2pathname(name.removeprefix("file://")) if name.startswith("file://") else name
-    path = Path(DATA_JSON).absolute().parent / name.replace("\\", "/")  # the folder falls away from an absolute name
+@functools.cache  # five captions of a picture cost one look
+def locate_picture(name, home):
+    """Return the absolute path of a picture that is named relative to home; ValueError if it can't be used."""
+    path = Path(os.path.abspath(Path(home, name.replace("\\", "/"))))  # home falls away in front of an absolute name
+    if not any(path.is_relative_to(os.path.abspath(Path(home, folder))) for folder in IMAGE_FOLDERS):
+        raise ValueError(f"the picture {name} lies outside of IMAGE_FOLDERS: add its folder there, if it is yours")
     try:
         Image.open(path).close()  # its head alone; csv2json.py decodes all of it
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {name} can't be opened: {error}") from None
     return str(path)
+
+
+@functools.lru_cache(maxsize=1000)  # nearly all records ask the same
+def write_prompts(processor, questions):
+    """Return what the chat template writes before each answer to the questions of a conversation."""
+    gap = "<|endoftext|>"  # stands for an answer: a special token, so no question contains it
+    turns = [{"role": role, "content": text} for ask in questions for role, text in (("user", ask), ("assistant", gap))]
+    first, *others, _ = processor.apply_chat_template(turns, tokenize=False).split(gap)
+    return [first, *(text.removeprefix(end_of_turn) for text in others)]
 
 
 def parse_record(record, processor):
     """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on.
 
-    Returns its pictures, chat_pieces() as "prompt" (all but the last) and "answer", and the tokens of both."""
-    messages, names = [], []
+    Returns its pictures and token ids: "prompt" [prompt, answer, ..., prompt], "answer"; <|im_end|> is part of answers.
+    """
     try:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        for (role, value), expected in zip(turns, cycle(("user", "assistant")), strict=False):
-            if role != expected:
-                raise ValueError(f'a turn is from "{role}" where "{expected}" is due')
-            parts = picture_marker.split(value) if role == "user" else [value]  # text, picture, text, ..., text
-            for token in processor.tokenizer.added_tokens_decoder.values():
-                if any(str(token) in text for text in parts[::2]):
-                    raise ValueError(f"its text contains {token}, which only the chat template may write")
-            kinds = zip(cycle(("text", "image")), parts, strict=False)
-            messages.append({"role": role, "content": [{"type": kind, kind: part} for kind, part in kinds]})
-            names += [name.strip() for name in parts[1::2]]
+        roles, texts = zip(*((turn["from"], turn["value"]) for turn in record["conversations"]), strict=True)
+        names = [name.strip() for question in texts[::2] for name in picture_marker.findall(question)]
+        forged = special_token.search("\n".join([*(picture_marker.sub("", text) for text in texts[::2]), *texts[1::2]]))
+        "".join(texts).encode("utf-8")  # half a surrogate pair is no text, says the error
     except (KeyError, TypeError, AttributeError):
         raise ValueError('it is not {"conversations": [{"from": ..., "value": ...}, ...]}') from None
-    if not turns or len(turns) % 2 or not all(value.strip() for _, value in turns[1::2]):
-        raise ValueError("every question needs an answer that is not empty")
+    if roles != ("user", "assistant") * (len(roles) // 2) or not all(map(str.strip, texts[1::2])):
+        raise ValueError("its turns are not from user, assistant, user, assistant, ..., or an answer is empty")
+    if forged:
+        raise ValueError(f"its text contains {forged[0]}, which only the chat template may write")
     if not names:
         raise ValueError("it names no picture between <|vision_start|> and <|vision_end|>")
-    *prompt, answer = chat_pieces(processor, messages)
-    *lengths, answer_tokens = map(len, processor.tokenizer([*prompt, answer])["input_ids"])
-    # a picture is one token of the text until the processor expands it
-    prompt_tokens = sum(lengths) + len(names) * ((IMAGE_SIZE // 28) ** 2 - 1)
-    if prompt_tokens + answer_tokens > MAX_LENGTH:
-        raise ValueError(f"its {prompt_tokens + answer_tokens} tokens are more than MAX_LENGTH = {MAX_LENGTH}")
-    parsed = {"record": record, "names": names, "pictures": [locate_picture(name) for name in names]}
-    return parsed | dict(prompt=prompt, answer=answer, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
-
-
-def chat_pieces(processor, messages):
-    """Cut a conversation, as the chat template writes it, into [prompt, answer, prompt, answer, ...].
-
-    An answer includes the <|im_end|> that ends it, which the model has to learn too.
-    """
-    pieces, written = [], ""
-    for turn in range(1, len(messages), 2):
-        prompt = processor.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
-        answer = messages[turn]["content"][0]["text"] + end_of_turn
-        pieces += [prompt[len(written) :], answer]
-        written = prompt + answer
-    return pieces
+    pictures = [locate_picture(name, os.path.dirname(os.path.abspath(DATA_JSON))) for name in names]
+    seen = "<|vision_start|>" + "<|image_pad|>" * (IMAGE_SIZE // 28) ** 2 + "<|vision_end|>"
+    prompts = write_prompts(processor, tuple(picture_marker.sub(seen, question) for question in texts[::2]))
+    encode = functools.partial(processor.tokenizer.backend_tokenizer.encode, add_special_tokens=False)
+    turns = zip(prompts, texts[1::2], strict=True)
+    *prompt, answer = (encode(text).ids for before, answer in turns for text in (before, answer + end_of_turn))
+    if (tokens := sum(map(len, prompt)) + len(answer)) > MAX_LENGTH:
+        raise ValueError(f"its {tokens} tokens are more than MAX_LENGTH = {MAX_LENGTH}")
+    return {"pictures": pictures, "prompt": prompt, "answer": answer}
 
 
 def read_conversations(processor):
@@ -189,7 +179,7 @@ def read_conversations(processor):
     except (OSError, ValueError) as error:
         raise SystemExit(f"{DATA_JSON} can't be used ({error}): run csv2json.py, or set DATA_JSON.") from None
     conversations, bad = [], []
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(tqdm(records, desc="Checking", unit=" conversations"), start=1):
         try:
             conversations.append(parse_record(record, processor))
         except ValueError as reason:
@@ -203,17 +193,47 @@ def read_conversations(processor):
 
 def split_by_picture(conversations):
     """Hold out the TEST_IMAGES pictures of smallest hash, the same on every run, with everything said about them."""
-    names = {name for conversation in conversations for name in conversation["names"]}
-    held_out = set(sorted(names, key=lambda name: hashlib.sha256(f"{SEED}:{name}".encode()).digest())[:TEST_IMAGES])
-    test, train, size = [], conversations, 0
+    home = os.path.dirname(os.path.abspath(DATA_JSON))  # not part of the hash: the same split in another folder
+    names = {path: path.removeprefix(home).replace(os.sep, "/") for c in conversations for path in c["pictures"]}
+    order = sorted(names, key=lambda path: hashlib.sha256(f"{SEED}:{names[path]}".encode()).digest())
+    held_out, test, train, size = set(order[:TEST_IMAGES]), [], conversations, 0
     while size < len(held_out):  # a conversation about several pictures takes all of them along
         size = len(held_out)
-        test += [conversation for conversation in train if not held_out.isdisjoint(conversation["names"])]
-        train = [conversation for conversation in train if held_out.isdisjoint(conversation["names"])]
-        held_out.update(name for conversation in test for name in conversation["names"])
+        test += [conversation for conversation in train if not held_out.isdisjoint(conversation["pictures"])]
+        train = [conversation for conversation in train if held_out.isdisjoint(conversation["pictures"])]
+        held_out.update(path for conversation in test for path in conversation["pictures"])
     if not train:
         raise SystemExit(f"TEST_IMAGES = {TEST_IMAGES} of {len(names)} pictures leaves none to train on: lower it.")
     return train, test
+
+
+def share_prompts(conversations, most_tokens):
+    """Gather the captions of a prompt, up to most_tokens together: a row of the table is what CaptionCollator reads."""
+    samples, latest = [], {}
+    for conversation in conversations:
+        pieces, answer = conversation["prompt"], conversation["answer"]
+        key = (*conversation["pictures"], *map(tuple, pieces))
+        if key not in latest or latest[key]["tokens"] + len(answer) > most_tokens:
+            labels = [piece if number % 2 else [-100] * len(piece) for number, piece in enumerate(pieces)]
+            latest[key] = {"pictures": conversation["pictures"], "prompt": sum(pieces, []), "labels": sum(labels, [])}
+            latest[key] |= {"answers": [], "tokens": len(latest[key]["prompt"])}
+            samples.append(latest[key])
+        latest[key]["answers"].append(answer)
+        latest[key]["tokens"] += len(answer) + 1  # each has a line break of its own in front
+    return datasets.Dataset.from_list(samples)
+
+
+def prepare_tables(processor, resuming):
+    """Check and split the data, once for all processes and all resumes. Returns {"train", "test"}, memory-mapped."""
+    folder = Path(OUTPUT_FOLDER) / "table"
+    if PartialState().is_main_process and not (resuming and folder.is_dir()):
+        train, test = split_by_picture(read_conversations(processor))
+        tables = {"train": share_prompts(train, MAX_LENGTH), "test": share_prompts(test, sys.maxsize)}
+        datasets.DatasetDict(tables).save_to_disk(f"{folder}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(f"{folder}.tmp", folder)
+    PartialState().wait_for_everyone()
+    return datasets.load_from_disk(folder)
 
 
 def write_file(path, content):
@@ -225,35 +245,13 @@ def write_file(path, content):
         os.replace(f"{path}.tmp", path)
 
 
-def build_table(conversations, name, most_tokens):
-    """Gather the captions of a prompt, up to most_tokens together, in a memory-mapped table that workers share."""
-    samples, latest = [], {}
-    for conversation in conversations:
-        key = (*conversation["pictures"], *conversation["prompt"])
-        if key not in latest or latest[key]["tokens"] + conversation["answer_tokens"] > most_tokens:
-            latest[key] = {column: conversation[column] for column in ("pictures", "prompt", "prompt_tokens")}
-            latest[key] |= {"answers": [], "tokens": conversation["prompt_tokens"]}
-            samples.append(latest[key])
-        latest[key]["answers"].append(conversation["answer"])
-        latest[key]["tokens"] += conversation["answer_tokens"] + 1  # see CaptionCollator
-    folder = Path(OUTPUT_FOLDER) / "table" / name
-    if PartialState().is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        datasets.Dataset.from_list(samples).save_to_disk(folder)
-    PartialState().wait_for_everyone()
-    return datasets.load_from_disk(folder)
-
-
 class CaptionCollator:
     r"""Open pictures and build the model's input, for training and prediction alike; runs in worker processes.
 
     In training the captions of a picture share its prompt. A row of the batch, padded on the left, is
-
         prompt without its final "\n" | "\n" caption 1 <|im_end|> | "\n" caption 2 <|im_end|> | ...
-
     where a caption sees the prompt and itself, at positions that start where the prompt ends: loss and gradients are
-    those of separate samples, for the price of one picture. Each caption has its own copy of the prompt's last token
-    because that token is what predicts the caption's first one.
+    those of separate samples, for the price of one picture. Each has its own line break, to predict its first token.
     """
 
     # Qwen2-VL's own positions (time, row, column of a token); they need no weights, so a worker needs no model
@@ -261,51 +259,42 @@ class CaptionCollator:
     get_vision_position_ids = Qwen2VLModel.get_vision_position_ids
 
     def __init__(self, processor, config, image_size):
-        self.processor, self.config, self.image_size = processor, config, image_size
+        self.processor, self.config, self.side = processor, config, image_size
 
     def open_picture(self, name):
-        """Open a picture upright, as RGB, resized here and nowhere else to image_size x image_size."""
+        """Open a picture upright, as RGB, resized here and nowhere else; None, and said so, where that fails."""
         try:
-            picture = name if name.startswith(("http://", "https://")) else ImageOps.exif_transpose(Image.open(name))
-            size = {"resized_height": self.image_size, "resized_width": self.image_size}
-            return process_vision_info([{"content": [{"type": "image", "image": picture, **size}]}])[0][0]
-        except Exception as error:
-            raise ValueError(f"{name} can't be opened ({error}); csv2json.py lists such pictures") from error
+            size = {"resized_height": self.side, "resized_width": self.side}
+            picture = {"image": ImageOps.exif_transpose(Image.open(name)), **size}
+            return process_vision_info([{"content": [picture]}])[0][0]
+        except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
+            print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
 
     def encode(self, samples, with_answers):
-        """Tokenize the pieces of each sample and lay them out as rows of T tokens, padded on the left.
+        """Lay out samples as rows of T tokens, padded on the left; captions of a lost picture are not supervised.
 
         Returns input_ids, mm_token_type_ids (1: image), captions (below 0: padding, 0: prompt, k: caption k), labels
-        (-100: not supervised), all (B, T); pixel_values (sum of patches, 1176); image_grid_thw (pictures, 3).
+        (-100: not supervised), all (B, T); pixel_values (sum of patches, 1176); image_grid_thw (pictures, 3); names.
         """
-        pieces = []  # (row, caption, is_answer, text)
-        for row, sample in enumerate(samples):
-            answers = sample["answers"] if with_answers else []
-            *before, question = sample["prompt"]
-            prompt = [*before, question.removesuffix("\n") if answers else question]
-            pieces += [(row, 0, number % 2 == 1, text) for number, text in enumerate(prompt)]
-            for caption, answer in enumerate(answers, start=1):
-                pieces += [(row, caption, False, "\n"), (row, caption, True, answer)]
-        pictures = [self.open_picture(name) for sample in samples for name in sample["pictures"]]
-        encoded = self.processor(text=[text for *_, text in pieces], images=pictures, do_resize=False)
-        rows = [[] for _ in samples]
-        for number, (row, caption, is_answer, _) in enumerate(pieces):
-            ids, types = encoded["input_ids"][number], encoded["mm_token_type_ids"][number]
-            labels = ids if is_answer else [-100] * len(ids)
-            rows[row].append(torch.tensor([ids, types, [caption] * len(ids), labels]))  # (4, tokens of the piece)
-        rows = [torch.cat(row, dim=1).T for row in rows]  # (tokens, 4) each
-        fields = pad_sequence(rows, batch_first=True, padding_value=-100, padding_side="left")  # (B, T, 4)
-        input_ids, types, captions, labels = fields.unbind(-1)  # (B, T) each
+        rows, pictures, names = [], [], []
+        for sample in samples:
+            # (token, caption, label) each; the prompt's last token is the line break that the captions start from
+            *row, newline = ((*pair[:1], 0, *pair[1:]) for pair in zip(sample["prompt"], sample["labels"], strict=True))
+            for caption, answer in enumerate(sample["answers"] if with_answers else [], start=1):
+                row += [(newline[0], caption, -100), *((token, caption, token) for token in answer)]
+            row = torch.tensor(row if with_answers else [*row, newline])  # (tokens, 3)
+            opened = [self.open_picture(name) for name in sample["pictures"]]
+            row[:, 2] = row[:, 2].where(torch.tensor(None not in opened), -100)
+            rows.append(row)
+            pictures += [picture or Image.new("RGB", (self.side, self.side), "grey") for picture in opened]
+            names += sample["pictures"]
+        fields = pad_sequence(rows, batch_first=True, padding_value=-100, padding_side="left")  # (B, T, 3)
+        input_ids, captions, labels = fields.unbind(-1)  # (B, T) each
         input_ids = input_ids.where(captions >= 0, self.processor.tokenizer.pad_token_id)
-        text = {"input_ids": input_ids, "mm_token_type_ids": types.clamp(min=0), "captions": captions, "labels": labels}
+        text = {"input_ids": input_ids, "captions": captions, "labels": labels}
+        text |= {"mm_token_type_ids": (input_ids == self.processor.image_token_id).long()}
         # patches of all pictures one after another: pictures of different sizes need no padding
-        return text | {name: torch.as_tensor(encoded[name]) for name in ("pixel_values", "image_grid_thw")}
-
-    def prompts(self, samples):
-        """Build the input of generate(): what encode() returns without answers, and attention_mask (B, T)."""
-        batch = self.encode(samples, with_answers=False)
-        del batch["labels"]
-        return batch | {"attention_mask": (batch.pop("captions") >= 0).long()}
+        return text | {**self.processor.image_processor(pictures, do_resize=False, return_tensors="pt"), "names": names}
 
     def __call__(self, samples):
         """Build a training batch, B rows of T tokens, N of them supervised.
@@ -313,6 +302,9 @@ class CaptionCollator:
         Returns encode()'s tensors; attention_mask (B, 1, T, T) bool, True where a token (row) sees another (column);
         position_ids (3, B, T); logits_to_keep (B, T) bool with N True; shift_labels (N,), what those predict.
         """
+        if torch.utils.data.get_worker_info():  # Ctrl-C and the like are for the main process, which saves first
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         batch = self.encode(samples, with_answers=True)
         captions = batch.pop("captions")  # (B, T)
         prompt = {"mm_token_type_ids": batch.pop("mm_token_type_ids"), "attention_mask": captions == 0}
@@ -326,23 +318,8 @@ class CaptionCollator:
         attention_mask = ((query == key) | (key == 0)).tril()  # (B, T, T)
         # the logits at a token predict the next one; only those with something to predict are ever computed
         next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # (B, T)
-        return batch | {
-            "attention_mask": attention_mask[:, None],
-            "position_ids": position_ids,
-            "logits_to_keep": next_labels != -100,
-            "shift_labels": next_labels[next_labels != -100],
-        }
-
-
-def show_sample(collator, sample):
-    """Print a sample as the model gets it, what is supervised between [[ and ]]."""
-    batch, text = collator([sample]), ""
-    tokens = zip((batch["labels"][0] != -100).tolist(), batch["input_ids"][0].tolist(), strict=True)
-    for is_answer, run in groupby(tokens, key=lambda pair: pair[0]):
-        part = collator.processor.tokenizer.decode([token for _, token in run])
-        text += f"[[{part}]]" if is_answer else part
-    text = text.replace("<|image_pad|>" * (pads := (IMAGE_SIZE // 28) ** 2), f"<|image_pad|> x {pads}")
-    print(f"\nA sample as the model gets it, what is supervised in [[ ]]:\n{text}\n")
+        batch |= {"attention_mask": attention_mask[:, None], "position_ids": position_ids}
+        return batch | {"logits_to_keep": next_labels != -100, "shift_labels": next_labels[next_labels != -100]}
 
 
 def choose_device():
@@ -350,8 +327,6 @@ def choose_device():
     if not torch.cuda.is_available():
         print("No CUDA card: on the CPU, in float32. Fine for a trial of a small model; the real one would take days.")
         return PartialState(cpu=True).device, torch.float32
-    if (cards := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
-        print(f"{cards} cards are visible, one is used. All of them: torchrun --nproc_per_node={cards} train.py")
     torch.set_float32_matmul_precision("high")  # TF32 for what is computed in float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return PartialState().device, torch.bfloat16
@@ -361,7 +336,11 @@ def choose_device():
 
 def load_model(dtype):
     """Load the base model and put a LoRA adapter beside each of LORA_TARGETS; only the adapter is trained."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, dtype=dtype, use_safetensors=True)
+    try:
+        options = {"dtype": dtype, "use_safetensors": True}  # a checkpoint in pickles is not read
+        model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise SystemExit(f"{MODEL_FOLDER} doesn't load; load_model.py, run again, mends it: {error}") from None
     layers = {name.rpartition(".")[2] for name, _ in model.model.language_model.named_modules()}
     if unknown := sorted(set(LORA_TARGETS) - layers):
         raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
@@ -369,35 +348,7 @@ def load_model(dtype):
     # the vision tower is frozen: without a graph for it nothing of it is kept, recomputed or back-propagated
     model.model.visual.forward = torch.no_grad()(model.model.visual.forward)
     lora = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": LORA_DROPOUT, "target_modules": LORA_TARGETS}
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-
-
-def plan_memory(model, table):
-    """Estimate a step on the longest samples, settle GRADIENT_CHECKPOINTING by it; returns that and bytes by part."""
-    # counted on a CPU: what a token keeps in each layer, the adapters' float32 inputs and dropout masks included
-    text, size = model.config.text_config, model.dtype.itemsize
-    tokens = BATCH_SIZE * max(table["tokens"])
-    supervised = BATCH_SIZE * max(all_ - own for all_, own in zip(table["tokens"], table["prompt_tokens"], strict=True))
-    mask = 4 if LORA_DROPOUT else 0  # bytes a number on a CPU; a card can do with less
-    layer = text.hidden_size * (8 + 10 * size + 6 * mask) + text.intermediate_size * (4 * size + mask)
-    layer = tokens * (layer + 7 * LORA_RANK * size)
-    recomputed = layer + text.num_hidden_layers * tokens * text.hidden_size * size  # one layer, and the input of each
-    parts = {
-        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
-        "adapter, gradients, Adam": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "logits": supervised * text.vocab_size * (size + 12),  # computed, then float32: upcast, softmax, gradient
-        "activations": text.num_hidden_layers * layer,
-    }
-    on_card = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_card else psutil.virtual_memory().available
-    free += parts["weights"]  # they are loaded already, and the estimate has them too
-    checkpointing = sum(parts.values()) > free if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING
-    parts["activations"] = recomputed if checkpointing else parts["activations"]
-    needed = f"{sum(parts.values()) / 2**30:.2f} GiB of {free / 2**30:.1f}"
-    print(f"Expected memory: {needed}, checkpointing {checkpointing}; MiB:", {n: p >> 20 for n, p in parts.items()})
-    if sum(parts.values()) > free:
-        raise SystemExit(f"That takes {needed}: lower BATCH_SIZE or IMAGE_SIZE, or end what else uses the card.")
-    return checkpointing, parts
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 @contextlib.contextmanager
@@ -420,13 +371,15 @@ def tracking(trainer, constants):
     try:
         yield
     finally:
-        end = {"state": "crashed", "error": traceback.format_exc()} if sys.exc_info()[0] else {}
+        failure = sys.exc_info()[1]
+        end = {"state": "crashed", "error": repr(failure)} if failure else {}
         try:
             if swanlab.has_run():
+                advice = f"upload later: swanlab sync {swanlab.get_run().dir}"
                 ThreadPool(1).apply_async(swanlab.finish, kwds=end).get(SWANLAB_TIMEOUT)
         except Exception as problem:
-            print(f"SwanLab did not finish ({problem!r}); upload later: swanlab sync", *end.values(), flush=True)
-            os._exit(bool(end))  # its threads, waiting for the network, would keep the process alive for ever
+            print(f"SwanLab did not finish ({problem!r}), {advice}", *end.values(), flush=True)
+            os._exit(1 if failure else 0)  # its threads, waiting for the network, would keep the process alive for ever
 
 
 def last_checkpoint():
@@ -441,102 +394,135 @@ def last_checkpoint():
     return complete[max(complete)] if complete else None
 
 
-def settle_run(train, test):
-    """Describe this run in run.json, and refuse to mix it with another one that OUTPUT_FOLDER holds."""
-    records = json.dumps([[conversation["record"] for conversation in part] for part in (train, test)])
-    questions = {picture_marker.sub("<picture>", c["record"]["conversations"][0]["value"]) for c in train}
+def settle_run():
+    """Describe this run for run.json, and refuse to mix it with another one that OUTPUT_FOLDER holds."""
+    if not Path(DATA_JSON).is_file():
+        raise SystemExit(f"{DATA_JSON} is missing: run csv2json.py first, or set DATA_JSON.")
     run = {"constants": {name: value for name, value in globals().items() if name.isupper()}}
-    run |= {"prompts": sorted(questions)[:10], "data_sha256": hashlib.sha256(records.encode()).hexdigest()}
-    run |= {"versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
-    path = Path(OUTPUT_FOLDER) / "run.json"
-    if path.is_file() and any([*path.parent.glob("checkpoint-*"), *path.parent.glob("results.json")]):  # was trained
-        old = json.loads(path.read_text(encoding="utf-8"))
-        shaping = "MODEL_FOLDER TEST_IMAGES IMAGE_SIZE MAX_LENGTH LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS"
-        shaping += " BATCH_SIZE GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP SEED"
-        pairs = {name: (old["constants"].get(name), run["constants"][name]) for name in shaping.split()}
-        pairs["the data"] = (old["data_sha256"][:8], run["data_sha256"][:8])
-        if changed := "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in pairs.items() if was != now):
-            raise SystemExit(f"{OUTPUT_FOLDER} holds another run ({changed}): set OUTPUT_FOLDER to a new folder.")
-    if not Path(OUTPUT_FOLDER, "results.json").is_file():  # of a finished run it tells what made it
-        write_file(path, run)
+    run |= {"versions": {library.__name__: library.__version__ for library in (torch, transformers, peft)}}
+    shaping = "MODEL_FOLDER TEST_IMAGES IMAGE_SIZE MAX_LENGTH LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS"
+    shaping += " BATCH_SIZE GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP SEED"
+    run["shape"] = {name: run["constants"][name] for name in shaping.split()}
+    run["shape"]["the data"] = hashlib.sha256(Path(DATA_JSON).read_bytes()).hexdigest()
+    folder = Path(OUTPUT_FOLDER)
+    if any([*folder.glob("checkpoint-*"), *folder.glob("results.json")]):  # something was trained there
+        old = json.loads((folder / "run.json").read_text(encoding="utf-8"))["shape"]
+        if changed := [f"{n} was {old.get(n)}, is {now}" for n, now in run["shape"].items() if old.get(n) != now]:
+            raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): set OUTPUT_FOLDER to a new folder.")
     return run
 
 
-class Rehearsal(transformers.TrainerCallback):
-    """Say what is about to happen and try the heaviest pass; seed each step, so that a resumed run draws the same."""
+class Guard(transformers.TrainerCallback):
+    """Try the heaviest pass before the first step; lose nothing to a signal, a full disk or a resume."""
+
+    training, stopped_by = False, 0  # the number of the signal that asked to stop
 
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
-        table, steps = train_dataloader.dataset, state.max_steps - state.global_step
-        (trainable, _), captions = model.get_nb_trainable_parameters(), sum(map(len, table["answers"]))
+        self.check_disk(model, copies=KEEP_CHECKPOINTS + 1)
+        table, tokens = train_dataloader.dataset, train_dataloader.dataset["tokens"][:]
+        trainable, captions = model.get_nb_trainable_parameters()[0], sum(map(len, table["answers"]))
         print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} parameters are trained")
         print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures; at step {state.global_step}")
-        on_card, tokens = args.device.type == "cuda", table["tokens"][:]
         longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
-        batch = train_dataloader.collate_fn(table.select(longest))
-        for _ in range(1 + on_card):  # the first pass on a card is slow
-            start = time.monotonic()
-            inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            model.train()(**inputs).loss.backward()
-            model.zero_grad()
-            torch.get_device_module(args.device).synchronize()
-        minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * steps
-        peak = (torch.cuda.max_memory_allocated() + 8 * trainable) / 2**30  # Adam's two numbers are still to come
-        print(f"Tried the heaviest pass: at most {minutes:.0f} minutes", f"in {peak:.2f} GiB of the card\n" * on_card)
+        batch, start = train_dataloader.collate_fn(table.select(longest)), time.monotonic()
+        inputs = {name: tensor.to(args.device) for name, tensor in batch.items() if name != "names"}
+        model.train()(**inputs).loss.backward()
+        model.zero_grad()
+        torch.get_device_module(args.device).synchronize()
+        minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * state.max_steps
+        peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else psutil.Process().memory_info().rss
+        peak = (peak + 8 * trainable) / 2**30  # Adam's two numbers are still to come
+        print(f"Tried the heaviest pass: {peak:.2f} GiB, and at most {minutes:.0f} minutes for all steps")
+        self.training = True
+        for number in (signal.SIGINT, signal.SIGTERM):  # again: SwanLab sets its own
+            signal.signal(number, self.stop)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def check_disk(self, model, copies):
+        needed = copies * 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # Adam keeps two more
+        if (free := shutil.disk_usage(OUTPUT_FOLDER).free) < needed:
+            sizes = f"{free / 2**30:.2f} GiB are free, checkpoints take {needed / 2**30:.2f}"
+            raise SystemExit(f"The disk of {OUTPUT_FOLDER} is too full ({sizes}): make room, then run again to go on.")
+
+    def stop(self, number, frame):
+        """Ctrl-C and SIGTERM: in training stop after the step, which is saved; else, and asked twice, at once."""
+        if self.stopped_by or not self.training:
+            print("\nStopped. Run it again to go on.", flush=True)
+            raise SystemExit(128 + number)
+        print("\nStopping at the end of this step, which is saved; once more: at once.", flush=True)
+        self.stopped_by = number
+
+    def on_step_begin(self, args, state, control, **kwargs):  # so that any run draws the same dropout in a step
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
 
+    def on_step_end(self, args, state, control, model, **kwargs):
+        stopped = reduce(torch.tensor(self.stopped_by, device=args.device)).item() > 0  # all processes at the same step
+        control.should_training_stop |= stopped
+        control.should_save |= stopped or state.epoch.is_integer()
+        if control.should_save:
+            self.check_disk(model, copies=1)
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step % SAVE_STEPS > 0 and state.global_step < state.max_steps  # not twice
+        control.should_evaluate &= state.epoch.is_integer()  # not where a signal ended it
 
 
-def build_trainer(model, collator, train_table, test_table, checkpointing):
+class CaptionTrainer(transformers.Trainer):
+    """The Hugging Face Trainer, which looks at every loss and captions the held-out pictures at each evaluation."""
+
+    before, results = None, None  # the base model's captions, and what the latest evaluation found
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        names = inputs.pop("names")
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training and not loss.isfinite():
+            where = f"The loss is {loss} in step {self.state.global_step + 1}, on {', '.join(names)}"
+            raise SystemExit(f"{where}: look at these, or lower LEARNING_RATE. The last checkpoint is kept.")
+        return loss
+
+    def evaluate(self, *args, **kwargs):
+        metrics, table, collator = super().evaluate(*args, **kwargs), self.eval_dataset, self.data_collator
+        if not self.before:
+            with self.model.disable_adapter():
+                self.before = caption_pictures(self.model, collator, table, "Captions before")
+        after = caption_pictures(self.model, collator, table, "Captions now")
+        if self.is_world_process_zero():
+            human = [collator.processor.batch_decode(ids, skip_special_tokens=True) for ids in table["answers"]]
+            scores = {"before": score(self.before, human), "after": score(after, human)}
+            rows = {"pictures": table["pictures"][:], "human": human, "before": self.before, "after": after}
+            self.results = {"scores": scores, "captions": pandas.DataFrame(rows).to_dict("records")}
+            publish(self.results, self.state, collator)
+        return metrics
+
+
+def build_trainer(model, collator, tables, guard):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if GRADIENT_ACCUMULATION % processes:
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
-    on_card = model.device.type == "cuda"
-    workers = DATALOADER_WORKERS
+    on_card, workers = model.device.type == "cuda", DATALOADER_WORKERS
     if workers == "auto":  # a model on the CPU needs the cores itself
         workers = min(2 if os.name == "nt" else 8, max(1, os.cpu_count() // processes - 1)) if on_card else 0
-    arguments = transformers.TrainingArguments(
-        output_dir=OUTPUT_FOLDER,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=GRADIENT_ACCUMULATION // processes,
-        num_train_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=WARMUP,
-        bf16=model.dtype == torch.bfloat16,
-        fp16=model.dtype == torch.float16,
-        use_cpu=not on_card,
-        activation_checkpointing=checkpointing,
-        eval_strategy="epoch",
-        save_steps=SAVE_STEPS,
-        save_total_limit=KEEP_CHECKPOINTS,
-        logging_steps=LOG_STEPS,
-        prediction_loss_only=True,  # logits exist only where there is a label, so batches of them don't stack
-        label_names=["labels"],  # a PeftModel hides them, and without labels there is no eval_loss
-        remove_unused_columns=False,  # the collator wants the samples whole
-        dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=on_card,
-        ddp_find_unused_parameters=False,
-        seed=SEED,
-    )
+    options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
+    options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": BATCH_SIZE}
+    options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
+    options |= {"eval_strategy": "epoch", "eval_on_start": True, "logging_steps": LOG_STEPS, "save_steps": SAVE_STEPS}
+    options |= {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16, "use_cpu": not on_card}
+    small = on_card and torch.cuda.get_device_properties(model.device).total_memory < 12e9
+    options |= {"activation_checkpointing": small if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING}
+    options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    options |= {"dataloader_pin_memory": on_card, "remove_unused_columns": False}  # the collator wants samples whole
+    # a PeftModel hides the labels' name; logits exist only where there is a label, so batches of them don't stack
+    options |= {"label_names": ["labels"], "prediction_loss_only": True, "save_total_limit": KEEP_CHECKPOINTS}
+    arguments = transformers.TrainingArguments(OUTPUT_FOLDER, **options)
     arguments._n_gpu = 1  # else the Trainer spreads each batch over all visible cards by threads, slower than one card
-    own = {"processing_class": collator.processor, "callbacks": [Rehearsal()]}
-    return transformers.Trainer(model, arguments, collator, train_table, test_table, **own)
+    return CaptionTrainer(model, arguments, collator, tables["train"], tables["test"], callbacks=[guard])
 
 
 def save_model(model, processor, folder):
-    """Save a model (or the adapter of one) with its processor; files appear in the folder only when all are written."""
-    temporary = Path(f"{folder}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.copytree(temporary, folder, dirs_exist_ok=True, copy_function=os.replace)
-    shutil.rmtree(temporary)
+    """Save the adapter with its processor; files appear in the folder only when all are written."""
+    model.save_pretrained(f"{folder}/adapter.tmp")
+    processor.save_pretrained(f"{folder}/adapter.tmp")
+    shutil.copytree(f"{folder}/adapter.tmp", folder, dirs_exist_ok=True, copy_function=os.replace)
+    shutil.rmtree(f"{folder}/adapter.tmp")
 
 
 @torch.inference_mode()
@@ -548,65 +534,73 @@ def caption_pictures(model, collator, table, title):
     greedy = transformers.GenerationConfig(do_sample=False, **limits)
     model.eval()
     captions = []
-    for start in tqdm(range(0, len(table), EVAL_BATCH_SIZE), desc=title, unit="batch"):
-        samples = table.select(range(start, min(start + EVAL_BATCH_SIZE, len(table))))
-        batch = {name: tensor.to(model.device) for name, tensor in collator.prompts(samples).items()}
-        with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-            output = model.generate(**batch, generation_config=greedy)  # (B, T + new tokens)
-        for tokens in output[:, batch["input_ids"].shape[1] :].tolist():
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            captions.append({"caption": text, "ended": end in tokens})
-    return captions
+    with PartialState().split_between_processes(table) as share:  # gather_object() puts the shares in order again
+        for start in tqdm(range(0, len(share), EVAL_BATCH_SIZE), desc=title, unit="batch", leave=False):
+            samples = share.select(range(start, min(start + EVAL_BATCH_SIZE, len(share))))
+            batch = collator.encode(samples, with_answers=False)
+            batch |= {"attention_mask": (batch.pop("captions") >= 0).long()}  # (B, T)
+            batch = {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "names")}
+            with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
+                output = model.generate(**batch, generation_config=greedy)  # (B, T + new tokens)
+            for tokens in output[:, batch["input_ids"].shape[1] :].tolist():
+                text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                captions.append({"caption": text, "ended": end in tokens})
+    return gather_object(captions)
 
 
 def score(captions, references):
-    """Measure how captions agree with what people wrote of the same pictures, by COCO's own classes."""
+    """Measure how captions agree with what people wrote, by COCO's own classes; each caption gets its "CIDEr", too."""
     found = {n: [" ".join(word.findall(caption["caption"].lower()))] for n, caption in enumerate(captions)}
     human = {n: [" ".join(word.findall(text.lower())) for text in texts] for n, texts in enumerate(references)}
-    measures = {"CIDEr": Cider(), "BLEU-4": Bleu(4), "ROUGE-L": Rouge()}
     with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its working
-        scores = {name: measure.compute_score(human, found)[0] for name, measure in measures.items()}
-    scores["BLEU-4"] = scores["BLEU-4"][3]  # of BLEU-1 to BLEU-4
+        cider, of_each = Cider().compute_score(human, found)
+        scores = {"CIDEr": cider, "BLEU-4": Bleu(4).compute_score(human, found)[0][3]}  # of BLEU-1 to BLEU-4
+        scores["ROUGE-L"] = Rouge().compute_score(human, found)[0]
     scores["words a caption"] = sum(len(text.split()) for (text,) in found.values()) / len(captions)
     scores["ended by itself"] = sum(caption["ended"] for caption in captions) / len(captions)
+    for caption, own in zip(captions, of_each, strict=True):
+        caption["CIDEr"] = float(own)
     return {name: float(value) for name, value in scores.items()}
 
 
-def compare(model, collator, table):
-    """Caption the held-out pictures with the adapter off and on. Returns scores and captions, before and after."""
-    human = [[answer.removesuffix(end_of_turn) for answer in sample["answers"]] for sample in table]
-    with model.disable_adapter():
-        before = caption_pictures(model, collator, table, "Captions before")
-    after = caption_pictures(model, collator, table, "Captions after")
-    scores = {"before": score(before, human), "after": score(after, human)}
-    rows = zip(table["pictures"], human, before, after, strict=True)
-    return {"scores": scores, "captions": [{"pictures": p, "human": h, "before": b, "after": a} for p, h, b, a in rows]}
+def draw_row(row, collator):
+    """Return a row of the gallery, its cells in HTML, the words marked that people used, too."""
+    said = {part for text in row["human"] for part in word.findall(text.lower())}
+    cells = {"held out": "", "people": "<br>".join(map(html.escape, row["human"]))}
+    for picture in filter(None, map(collator.open_picture, row["pictures"])):
+        picture.save(jpeg := io.BytesIO(), format="JPEG")
+        cells["held out"] += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
+    for when in ("before", "after"):
+        parts = re.split(f"({word.pattern})", row[when]["caption"])
+        cells[when] = "".join(f"<b>{part}</b>" if part.lower() in said else html.escape(part) for part in parts)
+    return cells | {"CIDEr": row["after"]["CIDEr"]}
 
 
-def publish(results, collator):
-    """Show the results: table on the terminal, gallery in report.html, both in SwanLab."""
-    scores = pandas.DataFrame(results["scores"])
-    page = "<!doctype html><meta charset=utf-8><style>* { font: 15px sans-serif } img { height: 180px }</style>"
-    page += scores.to_html(float_format="{:.3f}".format) + "<table><tr><th>held out<th>people<th>before<th>after"
-    gallery = []
-    for row in results["captions"]:
-        page += "<tr><td>"
-        texts = ["\n".join(row["human"]), row["before"]["caption"], row["after"]["caption"]]
-        for picture in map(collator.open_picture, row["pictures"]):
-            gallery.append((picture, "\n| ".join(texts)))
-            jpeg = io.BytesIO()
-            picture.save(jpeg, format="JPEG")
-            page += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
-        page += "".join("<td>" + html.escape(text).replace("\n", "<br>") for text in texts)
+def publish(results, state, collator):
+    """Show the latest evaluation in report.html, in SwanLab and on the terminal."""
+    scores, step = pandas.DataFrame(results["scores"]), state.global_step
+    page = "<!doctype html><meta charset=utf-8><style>body, table { font: 15px sans-serif } b { background: #bfb }"
+    page += f" img {{ width: 200px }} td {{ vertical-align: top }}</style><h1>{SWANLAB_EXPERIMENT}, step {step}</h1>"
+    curves = pandas.DataFrame(state.log_history, columns=["step", "loss", "eval_loss", "learning_rate", "grad_norm"])
+    panels = {"subplots": [("loss", "eval_loss")], "layout": (1, 3), "figsize": (15, 4)}
+    curves.groupby("step").first().interpolate().plot(**panels)
+    pyplot.savefig(svg := io.StringIO(), format="svg", bbox_inches="tight")
+    pyplot.close()
+    page += scores.to_html(float_format="{:.3f}".format) + svg.getvalue()[svg.getvalue().index("<svg") :]
+    gallery = pandas.DataFrame([draw_row(row, collator) for row in results["captions"]])
+    ranked = gallery.sort_values("CIDEr", ascending=False)
+    for title, rows in {"Best five": ranked[:5], "Worst five": ranked[:-6:-1], "All": gallery}.items():
+        page += f"<h2>{title}</h2>" + rows.to_html(escape=False, index=False, float_format="{:.2f}".format)
     write_file(Path(OUTPUT_FOLDER) / "report.html", page)
-    try:
-        if swanlab.has_run():
-            swanlab.log({f"scores/{name} {when}": value for when in scores for name, value in scores[when].items()})
-            swanlab.log({"gallery": [swanlab.Image(p, caption=text, file_type="jpg") for p, text in gallery]})
-    except Exception as problem:  # never the end of a training
-        print(f"SwanLab did not take the results: {problem!r}")
-    print(f"\n{len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
-    print(scores.to_string(float_format="{:.3f}".format))
+    text = "people: {human[0]}\nbefore: {before[caption]}\nafter:  {after[caption]}"
+    texts = [text.format(**row) for row in results["captions"][:SAMPLES_SHOWN]]
+    if swanlab.has_run():
+        pictures = [collator.open_picture(row["pictures"][0]) for row in results["captions"][:SAMPLES_SHOWN]]
+        images = [swanlab.Image(p, caption=t, file_type="jpg") for p, t in zip(pictures, texts, strict=True) if p]
+        swanlab.log({"samples": images, "captions": list(map(swanlab.Text, texts))}, step=step)
+        swanlab.log({f"scores/{n} {when}": v for when in scores for n, v in scores[when].items()}, step=step)
+    print("", *texts, scores.to_string(float_format="{:.3f}".format), sep="\n")
+    print(f"Step {step}: {len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
 
 
 def main():
@@ -614,36 +608,43 @@ def main():
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one of the processes of torchrun speaks for all
     sys.stdout.reconfigure(errors="replace")  # not every console knows every character of a caption
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every worker process
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    pyplot.switch_backend("agg")  # draws without a screen
     transformers.set_seed(SEED)
+    guard = Guard()
+    signal.signal(signal.SIGINT, guard.stop)
+    signal.signal(signal.SIGTERM, guard.stop)
     device, dtype = choose_device()
     processor, config = load_processor()
-    train, test = split_by_picture(read_conversations(processor))
-    run = settle_run(train, test)
-    if Path(OUTPUT_FOLDER, "results.json").is_file() and (not MERGE_ADAPTER or Path(OUTPUT_FOLDER, "merged").is_dir()):
+    run, checkpoint = settle_run(), last_checkpoint()
+    if Path(OUTPUT_FOLDER, "results.json").is_file():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
-    Path(OUTPUT_FOLDER, "results.json").unlink(missing_ok=True)  # there is something left to do
-    for path, part in ((TRAIN_JSON, train), (TEST_JSON, test)):
-        write_file(path, [conversation["record"] for conversation in part])
-    train_table, test_table = build_table(train, "train", MAX_LENGTH), build_table(test, "test", sys.maxsize)
+    tables = prepare_tables(processor, resuming=checkpoint)
+    run["prompt"] = processor.decode(tables["train"][0]["prompt"])
+    write_file(Path(OUTPUT_FOLDER) / "run.json", run)
     collator = CaptionCollator(processor, config, IMAGE_SIZE)
-    show_sample(collator, train_table[0])
-    print(f"{len(train_table)} pictures to train on, {len(test_table)} held out; results go to {OUTPUT_FOLDER}")
+    first, pads = collator([tables["train"][0]]), (IMAGE_SIZE // 28) ** 2
+    text = processor.decode(first["input_ids"][0]).replace("<|image_pad|>" * pads, f"<|image_pad|> x {pads}")
+    print(f"A sample as the model gets it:\n{text}\nwhat it learns:\n[[{processor.decode(first['shift_labels'])}]]")
+    print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
     model = load_model(dtype).to(device)
-    trainer = build_trainer(model, collator, train_table, test_table, plan_memory(model, train_table)[0])
+    trainer = build_trainer(model, collator, tables, guard)
     with tracking(trainer, run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=last_checkpoint())
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.OutOfMemoryError:
+            raise SystemExit("Out of memory: set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
+        guard.training = False
+        if guard.stopped_by:
+            print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
+            raise SystemExit(128 + guard.stopped_by)
         if trainer.is_world_process_zero():
             save_model(model, processor, OUTPUT_FOLDER)
-            results = compare(model, collator, test_table)
-            publish(results, collator)
-            if MERGE_ADAPTER:
-                save_model(model.merge_and_unload(), processor, f"{OUTPUT_FOLDER}/merged")
-            write_file(f"{OUTPUT_FOLDER}/results.json", results)  # last: with it the run counts as finished
+            write_file(f"{OUTPUT_FOLDER}/results.json", trainer.results)  # last: with it the run counts as finished
 
 
 if __name__ == "__main__":
