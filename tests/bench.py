@@ -6,7 +6,8 @@
 
 Prints Markdown tables, every row measured in this run: each variant in a process and a folder of its own, one after the
 other, ROUNDS times over; a row is the median of its rounds. Pictures are drawn by scenes.py, the tokenizer is that of
-tests/tiny_qwen2vl, and train.py runs as it is, from main().
+tests/tiny_qwen2vl. train.py runs as it is, from main(); only the captions before its first step, which the others don't
+write, are left out.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -47,6 +47,7 @@ TINY = Path(__file__).resolve().parent / "tiny_qwen2vl"
 FILE_SIDE = 480  # pixels of the pictures' files, about as COCO's; the model sees them at recipes.SIDE
 ROUNDS, STEPS = 3, 3  # a process does one optimizer step to warm up and STEPS that are timed
 PICTURES = 200  # that are trained on while the time to the first step is taken
+ANSWER_TOKENS = {1: 8, 5: 43}  # of a scene's captions with what is around them, a mean: for load_model.py's estimate
 LOADER_SAMPLES, LOADER_BATCHES = (200, 2_000, 20_000), 100
 TINY_SHAPE = {"vocab_size": 151936, "num_hidden_layers": 4, "vision_config": {"depth": 4}}  # a small model, real words
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +93,9 @@ class Stopwatch(transformers.TrainerCallback):
 
         transformers.Trainer.get_batch_samples, transformers.Trainer.training_step = timed_fetch, counted_step
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        raise RuntimeError("an evaluation is no part of what is timed")
+
     def on_step_end(self, args, state, control, **kwargs):
         if on_card:
             torch.cuda.synchronize()
@@ -125,24 +129,24 @@ def pixel_bytes(folder):
 
 
 def read_records(folder, captions):
-    """All records but those of the last picture, which train.py holds out."""
+    """As many records as train.py trains on: all but those of one picture, which it holds out."""
     return json.loads((folder / f"data_{captions}.json").read_text(encoding="utf-8"))[:-captions]
 
 
-def run_train_py(run, folder, watch):
-    """train.py itself, from main(): what it does before the first step counts as well."""
+def run_train_py(run, folder):
+    """train.py itself, from main(): what it does before the first step counts, but for the captions of the model."""
     train = load("train.py", [])
     train.DATA_JSON, train.MODEL_FOLDER = str(folder / f"data_{run.captions}.json"), str(folder / "model")
     train.BATCH_SIZE, train.GRADIENT_ACCUMULATION = run.batch, run.accumulation
     train.GRADIENT_CHECKPOINTING, train.TEST_IMAGES, train.SWANLAB_MODE = run.checkpointing, 1, "disabled"
-    plan_memory = train.plan_memory
+    build_trainer = train.build_trainer
 
-    def remembered_plan(*args):
-        checkpointing, parts = plan_memory(*args)
-        watch.found["estimate"] = sum(parts.values())
-        return checkpointing, parts
+    def build_without_captions(*args):
+        trainer = build_trainer(*args)
+        trainer.args.eval_on_start = False
+        return trainer
 
-    train.plan_memory = remembered_plan
+    train.build_trainer = build_without_captions
     train.main()
 
 
@@ -151,7 +155,7 @@ def time_run(run, folder):
     watch = Stopwatch(run)
     try:
         if run.variant == "train.py":
-            run_train_py(run, folder, watch)
+            run_train_py(run, folder)
         else:
             recipe = {"documented": run_documented, "TRL": run_trl}[run.variant]
             recipe(run, read_records(folder, run.captions), folder / "model")
@@ -163,13 +167,14 @@ def time_run(run, folder):
 def weigh_loader(samples, folder):
     """In a child process: most RAM of train.py's loader (two worker processes) and of the process that holds it."""
     train, records = load("train.py", []), read_records(folder, 1)
-    train.MODEL_FOLDER, train.DATA_JSON = str(folder / "model"), "data_vl.json"
+    train.MODEL_FOLDER, train.DATA_JSON, train.IMAGE_FOLDERS = str(folder / "model"), "data_vl.json", [str(folder)]
     many = [json.loads(json.dumps(records[number % len(records)])) for number in range(samples)]
     for number, record in enumerate(many):  # two records of one picture and one prompt would become one sample
         record["conversations"][0]["value"] = f"{number}: {record['conversations'][0]['value']}"
     Path(train.DATA_JSON).write_text(json.dumps(many), encoding="utf-8")
     processor, config = train.load_processor()
-    table = train.build_table(train.read_conversations(processor), "train", math.inf)
+    train.split_by_picture = lambda conversations: (conversations, conversations[:1])  # none is held out
+    table = train.prepare_tables(processor, resuming=None)["train"]
     workers = {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True}
     loader = DataLoader(table, 4, shuffle=True, collate_fn=train.CaptionCollator(processor, config, SIDE), **workers)
     peak = 0
@@ -265,6 +270,14 @@ def gpu_runs():
     return [Run("documented", count=True), *own]
 
 
+def estimate(run, config):
+    """GiB that load_model.py announces for a training by train.py."""
+    script = load("load_model.py", [f"ANSWER_TOKENS={ANSWER_TOKENS[run.captions]}"])
+    with torch.device("meta"):  # shapes without numbers
+        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
+    return script.training_memory(model, run.batch, run.checkpointing)
+
+
 def matmul_rate(size):
     """FLOP/s of the product of two size x size matrices."""
     left, right = (torch.randn(size, size, dtype=dtype, device="cuda" if on_card else "cpu") for _ in range(2))
@@ -282,13 +295,14 @@ def gpu_table(runs, shape=REAL_SHAPE, rounds=ROUNDS):
     rate, rows = matmul_rate(8192 if on_card else 512), []
     most = max(run.batch * run.accumulation * (run.steps + 2) for run in runs)
     with workshop(most + 1, shape) as folder:
-        timed = time_runs(runs, folder, rounds)
+        timed, config = time_runs(runs, folder, rounds), transformers.Qwen2VLConfig.from_pretrained(folder / "model")
     for run, found in timed:
         pictures = run.batch * run.accumulation / found["step"]
         row = {"variant": run.variant, "layout": f"{run.batch}x{run.accumulation}", "captions a picture": run.captions}
         row |= {"checkpointing": on_off[run.checkpointing], "samples/s": f"{pictures:.2f}"}
         row |= {"captions/s": f"{pictures * run.captions:.2f}"}
-        row |= {f"{name}, GiB": f"{found.get(name, 0) / 2**30:.2f}" for name in ("estimate", "peak", "reserved")}
+        row |= {"estimate, GiB": f"{estimate(run, config):.2f}" if run.variant == "train.py" else "-"}
+        row |= {f"{name}, GiB": f"{found.get(name, 0) / 2**30:.2f}" for name in ("peak", "reserved")}
         row |= {"share of matmul rate": f"{found['flops'] / found['step'] / rate:.1%}"}
         rows.append(row | {"loader wait a step, ms": f"{1000 * found['wait']:.0f}"})
     return rows, rate
