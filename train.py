@@ -50,6 +50,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 # Data
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # of pictures, as Pillow names them; EPS could start a program
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
 IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
@@ -94,10 +95,11 @@ def check_constants():
     """Refuse an impossible constant by its name, before anything is read."""
     counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
     counts += " SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
-    positive, shares = ("LORA_ALPHA", "EPOCHS", "LEARNING_RATE", "SWANLAB_TIMEOUT"), ("LORA_DROPOUT", "WARMUP")
     legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
-    legal |= dict.fromkeys(positive, pandas.Interval(0, 10**6, closed="neither"))
-    legal |= dict.fromkeys(shares, pandas.Interval(0, 1, closed="left"))
+    legal |= dict.fromkeys(
+        "LORA_ALPHA EPOCHS LEARNING_RATE SWANLAB_TIMEOUT".split(), pandas.Interval(0, 1e6, "neither")
+    )
+    legal |= dict.fromkeys(("LORA_DROPOUT", "WARMUP"), pandas.Interval(0, 1, closed="left"))
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
     legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
@@ -126,7 +128,7 @@ def locate_picture(name, home):
     if not any(path.is_relative_to(os.path.abspath(Path(home, folder))) for folder in IMAGE_FOLDERS):
         raise ValueError(f"the picture {name} lies outside of IMAGE_FOLDERS: add its folder there, if it is yours")
     try:
-        Image.open(path).close()  # its head alone; csv2json.py decodes all of it
+        Image.open(path if path.is_file() else "", formats=FORMATS).close()  # its head; csv2json.py decodes all
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {name} can't be opened: {error}") from None
     return str(path)
@@ -147,13 +149,14 @@ def parse_record(record, processor):
     Returns its pictures and token ids: "prompt" [prompt, answer, ..., prompt], "answer"; <|im_end|> is part of answers.
     """
     try:
-        roles, texts = zip(*((turn["from"], turn["value"]) for turn in record["conversations"]), strict=True)
+        roles = [turn["from"] for turn in record["conversations"]]
+        texts = [turn["value"] for turn in record["conversations"]]
         names = [name.strip() for question in texts[::2] for name in picture_marker.findall(question)]
         forged = special_token.search("\n".join([*(picture_marker.sub("", text) for text in texts[::2]), *texts[1::2]]))
         "".join(texts).encode("utf-8")  # half a surrogate pair is no text, says the error
     except (KeyError, TypeError, AttributeError):
         raise ValueError('it is not {"conversations": [{"from": ..., "value": ...}, ...]}') from None
-    if roles != ("user", "assistant") * (len(roles) // 2) or not all(map(str.strip, texts[1::2])):
+    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts[1::2])):
         raise ValueError("its turns are not from user, assistant, user, assistant, ..., or an answer is empty")
     if forged:
         raise ValueError(f"its text contains {forged[0]}, which only the chat template may write")
@@ -265,7 +268,7 @@ class CaptionCollator:
         """Open a picture upright, as RGB, resized here and nowhere else; None, and said so, where that fails."""
         try:
             size = {"resized_height": self.side, "resized_width": self.side}
-            picture = {"image": ImageOps.exif_transpose(Image.open(name)), **size}
+            picture = {"image": ImageOps.exif_transpose(Image.open(name, formats=FORMATS)), **size}
             return process_vision_info([{"content": [picture]}])[0][0]
         except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
             print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
@@ -276,9 +279,8 @@ class CaptionCollator:
         Returns input_ids, mm_token_type_ids (1: image), captions (below 0: padding, 0: prompt, k: caption k), labels
         (-100: not supervised), all (B, T); pixel_values (sum of patches, 1176); image_grid_thw (pictures, 3); names.
         """
-        rows, pictures, names = [], [], []
+        rows, pictures, names = [], [], []  # of a row: (token, caption, label) each
         for sample in samples:
-            # (token, caption, label) each; the prompt's last token is the line break that the captions start from
             *row, newline = ((*pair[:1], 0, *pair[1:]) for pair in zip(sample["prompt"], sample["labels"], strict=True))
             for caption, answer in enumerate(sample["answers"] if with_answers else [], start=1):
                 row += [(newline[0], caption, -100), *((token, caption, token) for token in answer)]
@@ -455,7 +457,7 @@ class Guard(transformers.TrainerCallback):
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        stopped = reduce(torch.tensor(self.stopped_by, device=args.device)).item() > 0  # all processes at the same step
+        stopped = reduce(torch.tensor(self.stopped_by, device=args.device), "sum").item() > 0  # all at the same step
         control.should_training_stop |= stopped
         control.should_save |= stopped or state.epoch.is_integer()
         if control.should_save:
@@ -624,12 +626,12 @@ def main():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
     tables = prepare_tables(processor, resuming=checkpoint)
-    run["prompt"] = processor.decode(tables["train"][0]["prompt"])
+    collator, sample, pads = CaptionCollator(processor, config, IMAGE_SIZE), tables["train"][0], (IMAGE_SIZE // 28) ** 2
+    run["prompt"] = processor.decode(sample["prompt"]).replace("<|image_pad|>" * pads, f"<|image_pad|> x {pads}")
     write_file(Path(OUTPUT_FOLDER) / "run.json", run)
-    collator = CaptionCollator(processor, config, IMAGE_SIZE)
-    first, pads = collator([tables["train"][0]]), (IMAGE_SIZE // 28) ** 2
-    text = processor.decode(first["input_ids"][0]).replace("<|image_pad|>" * pads, f"<|image_pad|> x {pads}")
-    print(f"A sample as the model gets it:\n{text}\nwhat it learns:\n[[{processor.decode(first['shift_labels'])}]]")
+    print(
+        f"A sample:\n{run['prompt']}\nand what is learned:\n[[{processor.decode(collator([sample])['shift_labels'])}]]"
+    )
     print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
     model = load_model(dtype).to(device)
     trainer = build_trainer(model, collator, tables, guard)
@@ -639,7 +641,7 @@ def main():
         except torch.OutOfMemoryError:
             raise SystemExit("Out of memory: set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
         guard.training = False
-        if guard.stopped_by:
+        if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
         if trainer.is_world_process_zero():

