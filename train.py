@@ -231,8 +231,8 @@ def prepare_tables(processor, resuming):
     folder = Path(OUTPUT_FOLDER) / "table"
     if PartialState().is_main_process and not (resuming and folder.is_dir()):
         train, test = split_by_picture(read_conversations(processor))
-        tables = {"train": share_prompts(train, MAX_LENGTH), "test": share_prompts(test, sys.maxsize)}
-        datasets.DatasetDict(tables).save_to_disk(f"{folder}.tmp")
+        tables = datasets.DatasetDict(train=share_prompts(train, MAX_LENGTH), test=share_prompts(test, sys.maxsize))
+        tables.save_to_disk(f"{folder}.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(f"{folder}.tmp", folder)
     PartialState().wait_for_everyone()
@@ -329,7 +329,6 @@ def choose_device():
     if not torch.cuda.is_available():
         print("No CUDA card: on the CPU, in float32. Fine for a trial of a small model; the real one would take days.")
         return PartialState(cpu=True).device, torch.float32
-    torch.set_float32_matmul_precision("high")  # TF32 for what is computed in float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return PartialState().device, torch.bfloat16
     print("This card has no bfloat16 (T4, RTX 20xx): float16 with loss scaling instead, which can overflow.")
@@ -627,11 +626,9 @@ def main():
         return
     tables = prepare_tables(processor, resuming=checkpoint)
     collator, sample, pads = CaptionCollator(processor, config, IMAGE_SIZE), tables["train"][0], (IMAGE_SIZE // 28) ** 2
-    run["prompt"] = processor.decode(sample["prompt"]).replace("<|image_pad|>" * pads, f"<|image_pad|> x {pads}")
+    run["prompt"] = processor.decode(sample["prompt"]).replace("<|image_pad|>" * pads, "<|image_pad|>")
     write_file(Path(OUTPUT_FOLDER) / "run.json", run)
-    print(
-        f"A sample:\n{run['prompt']}\nand what is learned:\n[[{processor.decode(collator([sample])['shift_labels'])}]]"
-    )
+    print(f"A sample, [[learned]]:\n{run['prompt']}[[{processor.decode(collator([sample])['shift_labels'])}]]")
     print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
     model = load_model(dtype).to(device)
     trainer = build_trainer(model, collator, tables, guard)

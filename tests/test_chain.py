@@ -87,14 +87,14 @@ def test_the_chain_leaves_what_it_promises(undisturbed):
         assert (folder / OUTPUT / name).exists(), name
     assert "24 pictures to train on, 6 held out" in printed and "48 captions, 16 tokens a picture" in printed
     assert "8 steps of 6 pictures" in printed and re.search(r"heaviest pass: [\d.]+ GiB", printed)
-    assert printed.count("'eval_loss'") == 3 and "<|image_pad|> x 16" in printed and "<|im_end|>]]" in printed
+    assert printed.count("'eval_loss'") == 3 and "A sample, [[learned]]:" in printed and "<|im_end|>]]" in printed
     assert "Warning" not in printed and "DROPPED" not in printed
     results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     assert set(results["scores"]) == {"before", "after"} and len(results["captions"]) == 6
     assert all(row["before"]["caption"].startswith("The image shows a") for row in results["captions"])
     assert all(row["human"][0].startswith("a ") and "<|" not in row["human"][0] for row in results["captions"])
     run = json.loads((folder / OUTPUT / "run.json").read_text(encoding="utf-8"))
-    assert "请描述这张图片: <|vision_start|>" in run["prompt"] and run["constants"]["IMAGE_SIZE"] == 112
+    assert "请描述这张图片: <|vision_start|><|image_pad|><|vision_end|>" in run["prompt"] and run["constants"]["IMAGE_SIZE"] == 112
     assert run["versions"]["transformers"] and len(run["shape"]["the data"]) == 64
     assert list((folder / "swanlog").glob("run-*")), "the SwanLab run"
 
