@@ -45,7 +45,6 @@ MAX_PIXELS = 89_478_485  # width x height, against files that unpack to gigabyte
 CHECK_WORKERS = 8  # threads: Pillow decodes outside Python's lock, so they use every core
 # ----------------------------------------------------------------------------------------------------------------------
 
-on_web = ("http://", "https://")  # how a picture on the web begins
 special_token = re.compile(r"<\|\w+\|>")  # the shape of the model's 14 special tokens, <|im_end|> and the like
 
 
@@ -117,8 +116,8 @@ def make_row(line: int, fields: dict) -> Row:
         fault = "image_path has '<|', a line break or a blank at its end in it: rename the file"
     elif path.startswith("//"):  # Windows would log in there with the user's name, whoever wrote the table
         fault = "image_path leads to another computer: copy the picture to this one"
-    elif not path.startswith(on_web) and ("://" in path or path.startswith("data:")):
-        fault = "image_path is neither a path nor begins with file:///, http:// or https://"
+    elif "://" in path or path.startswith("data:"):
+        fault = "image_path is an address on the web or the like: download the picture first, and name its file"
     elif token := special_token.search(caption):  # it would forge a turn or a picture in the conversation
         fault = f"caption has a special token of the model in it: {token[0]}"
     return Row(line, fields["image_path"] if fault else path, caption, fault)
@@ -167,9 +166,9 @@ def check_picture(path: str) -> str:
 
 
 def check_pictures(rows: list[Row]) -> dict[str, str]:
-    """What is wrong with each distinct picture on this disk; those on the web are left to the training."""
+    """What is wrong with each distinct picture."""
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place: checked before decoding, and it tells the reason
-    paths = {row.path: None for row in rows if not row.fault and not row.path.startswith(on_web)}
+    paths = {row.path: None for row in rows if not row.fault}
     with ThreadPoolExecutor(CHECK_WORKERS) as pool:
         checks = tqdm(pool.map(check_picture, paths), total=len(paths), desc="checking", unit="picture")
         return dict(zip(paths, checks, strict=True))
@@ -227,8 +226,9 @@ def print_summary(rows: list[Row]) -> None:
     words = [len(row.caption.split()) for row in rows]
     print(f"{len(paths)} pictures, {len(rows)} captions, {len(rows) / len(paths):.2f} captions a picture")
     print(f"{min(words)} to {max(words)} words a caption, mean {sum(words) / len(words):.1f}")
-    if unseen := sum(path.startswith(on_web) for path in paths):
-        print(f"NOT CHECKED: {unseen} pictures on the web; train.py fetches them only with ALLOW_REMOTE_IMAGES = True")
+    files = (Path(os.path.abspath(folder_of(JSON_PATH) / path)) for path in paths)
+    if outside := sorted({file.parent.as_posix() for file in files if not file.is_relative_to(folder_of(JSON_PATH))}):
+        print(f"IMAGE_FOLDERS in train.py has to name these, too ({len(outside)} in all), or one above: {outside[:3]}")
 
 
 def main() -> None:

@@ -168,9 +168,11 @@ def bad_rows(folder: Path) -> list[tuple[str, str, str]]:
         ("./ ok.png", "a dog", "rename"),  # to train.py, which strips the name, it would be ok.png
         ("../ok.png", "a dog", "picture is missing"),
         ("x" * 300 + ".jpg", "a dog", "picture is missing"),
-        ("ftp://127.0.0.1/ok.png", "a dog", "neither a path nor begins with"),
-        ("data:image/png;base64,iVBORw0KGgo=", "a dog", "neither a path nor begins with"),
-        ("file://127.0.0.1/ok.png", "a dog", "neither a path nor begins with"),
+        ("https://127.0.0.1:9/ok.png?x=1", "a dog", "address on the web or the like: download the picture first"),
+        ("HTTP://127.0.0.1:9/ok.png", "a dog", "download the picture first"),
+        ("ftp://127.0.0.1/ok.png", "a dog", "download the picture first"),
+        ("data:image/png;base64,iVBORw0KGgo=", "a dog", "download the picture first"),
+        ("file://127.0.0.1/ok.png", "a dog", "download the picture first"),
         ("file:////127.0.0.1/share/ok.png", "a dog", "leads to another computer"),
         ("file:///%2F127.0.0.1/share/ok.png", "a dog", "leads to another computer"),
         (r"\\127.0.0.1\share\ok.png", "a dog", "leads to another computer"),
@@ -186,7 +188,7 @@ def test_bad_rows_stop_it(folder):
     done = run(folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "ON_BAD_SAMPLE" in done.stderr
     named = [line for line in done.stdout.splitlines() if line.startswith("  line ")]
-    assert len(named) == len(rows) == 26, "all of them, not the first few"
+    assert len(named) == len(rows) == 28, "all of them, not the first few"
     lines = csv.reader(open(folder / "coco-2024-dataset.csv", encoding="utf-8", newline=""))
     ends = {tuple(row): lines.line_num for row in lines}
     for line, (path, caption, reason) in zip(named, rows, strict=True):
@@ -204,7 +206,7 @@ def test_bad_rows_dropped(folder):
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     assert [record["id"] for record in records] == ["identity_1", "identity_2"]
     assert [record["conversations"][1]["value"] for record in records] == ["a cat", "two cats"]
-    assert done.stdout.count("  line ") == 26 and "26 of 28 rows" in done.stdout
+    assert done.stdout.count("  line ") == 28 and "28 of 30 rows" in done.stdout
     assert "NOT USED: 2 rows, caption has a special token of the model in it" in done.stdout
 
 
@@ -239,18 +241,48 @@ def test_other_folders(folder):
     assert paths(records) == ["../../mine/pictures/a b.jpg", "../../mine/pictures/a b.jpg", str(absolute)]
 
 
-def test_urls(folder):
-    """file:// is a path like any other; what is on the web stays as it is, is not fetched, and both is said."""
+def test_file_addresses(folder):
+    """file:/// is a path like any other, with its %20; it opened nothing where it was taken for a relative path."""
     inside = picture(folder / "a b.jpg")
-    rows = [(inside.as_uri(), "a dog"), ("https://127.0.0.1:9/b.jpg?x=1", "a cat"), ("http://127.0.0.1:9/b", "a cow")]
-    table(folder / "coco-2024-dataset.csv", rows)
-    done = run(folder)
-    assert "a%20b.jpg" in rows[0][0]
-    found = paths(json.loads((folder / "data_vl.json").read_text(encoding="utf-8")))
-    assert found == [inside.as_posix(), rows[1][0], rows[2][0]]
-    assert "NOT CHECKED: 2 pictures on the web" in done.stdout and "ALLOW_REMOTE_IMAGES" in done.stdout
+    table(folder / "coco-2024-dataset.csv", [(inside.as_uri(), "a dog")])
+    assert "a%20b.jpg" in inside.as_uri()
+    assert paths(convert(folder)) == [inside.as_posix()]
     table(folder / "coco-2024-dataset.csv", [("file:///not/here.jpg", "a dog")])
     assert "picture is missing: /not/here.jpg" in run(folder).stdout
+
+
+def test_pictures_outside(folder, training, monkeypatch):
+    """train.py refuses every picture that lies outside of IMAGE_FOLDERS: to be told there is an hour too late."""
+    train, collator = training
+    within = [picture(folder / "data/pictures/a.jpg"), picture(folder / "data/b.jpg")]
+    outside = [picture(folder / f"photos/{name}.jpg") for name in ("1/c", "1/d", "2/e", "3/f", "4/g")]
+    table(folder / "table.csv", [(str(path), "a dog") for path in within])
+    constants = {"CSV_PATH": "table.csv", "JSON_PATH": "data/data_vl.json"}
+    assert "IMAGE_FOLDERS" not in run(folder, **constants).stdout
+    rows = [(path.relative_to(folder), "a dog") for path in within + outside]
+    table(folder / "table.csv", [*rows, (str(outside[0]), "a cat")])
+    [told] = [line for line in run(folder, **constants).stdout.splitlines() if "IMAGE_FOLDERS" in line]
+    named = [(folder / "photos" / name).as_posix() for name in "123"]
+    assert told.startswith("IMAGE_FOLDERS in train.py has to name these, too (4 in all)") and told.endswith(
+        f": {named}"
+    )
+    monkeypatch.setattr(train, "DATA_JSON", str(folder / "data/data_vl.json"))
+    records = json.loads((folder / "data/data_vl.json").read_text(encoding="utf-8"))
+
+    def refused() -> list[str]:
+        reasons = []
+        for path, record in zip(paths(records), records, strict=True):
+            try:
+                train.parse_record(record, collator.processor)
+            except ValueError as reason:
+                reasons.append((path.split("/")[-2], "IMAGE_FOLDERS" in str(reason)))
+        return reasons
+
+    train.locate_picture.cache_clear()
+    assert refused() == [(name, True) for name in "112341"]
+    train.locate_picture.cache_clear()
+    monkeypatch.setattr(train, "IMAGE_FOLDERS", [".", *named])
+    assert refused() == [("4", True)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="on Windows these are real places")
@@ -456,6 +488,7 @@ def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path
     table(folder / "mine/table.csv", [(name, "a dog")])
     [record] = convert(folder, CSV_PATH="mine/table.csv", JSON_PATH="out/data.json")
     monkeypatch.setattr(train, "DATA_JSON", str(folder / "out/data.json"))
+    monkeypatch.setattr(train, "IMAGE_FOLDERS", [str(folder), str(tmp_path)])
     [found] = train.parse_record(record, collator.processor)["pictures"]
     expected = folder / "mine" / ("sub/b.jpg" if "b.jpg" in name else "../outside.jpg" if "outs" in name else "a.jpg")
     assert os.path.samefile(found, expected)
