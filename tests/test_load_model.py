@@ -734,5 +734,51 @@ def test_memory_as_counted(script, monkeypatch):
         assert estimate == pytest.approx(expected, rel=0.15), (batch_size, checkpointing)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_against_a_pass_of_train_py(script, monkeypatch, checkpointing):
+    """The estimate's numbers of bytes hold for train.py as it was once: here autograd's own are counted, to 10 %."""
+    train = load("train.py", [])
+    for module, constants in (
+        (train, {"LORA_RANK": 16}),
+        (script, {"LORA_RANK": 16, "IMAGE_SIZE": 56, "TEXT_TOKENS": 66, "ANSWER_TOKENS": 70}),
+    ):
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+    tokens, supervised, layers, hidden, words = 2 * (66 + 4 + 70), 2 * 70, 6, 768, 8000  # two pictures of 4 tokens
+    text = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": words, "intermediate_size": 4480}
+    text |= {"num_attention_heads": 6, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default"}}
+    text["rope_parameters"] |= {"mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": hidden}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    base = script.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    fixed, off, chosen = (
+        script.training_memory(base, *run) * 2**30 for run in ((0, False), (2, False), (2, checkpointing))
+    )
+    monkeypatch.setattr(train.transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: base)
+    model, kept = train.load_model(torch.bfloat16).train(), {}
+    if checkpointing:
+        model.activation_checkpointing_enable()  # as the Trainer does
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    mask = torch.ones(2, 1, tokens // 2, tokens // 2, dtype=torch.bool).tril()
+    answers = torch.arange(tokens).reshape(2, -1) % (tokens // 2) >= (tokens - supervised) // 2
+    batch = {"input_ids": torch.randint(3, words, (2, tokens // 2)), "attention_mask": mask, "use_cache": False}
+    batch |= {"labels": answers.long(), "logits_to_keep": answers, "shift_labels": torch.ones(supervised).long()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    counted = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in owned)
+    logits = supervised * words * 14
+    expected = chosen - fixed - logits
+    if checkpointing:  # the layer that the backward pass computes again is not there yet
+        expected -= (off - fixed - logits) / layers
+    # outside of the layers: the softmax, which is the part of the logits that is kept, and the last norm's input
+    assert counted == pytest.approx(expected + 4 * supervised * words + 4 * tokens * hidden, rel=0.1)
+
+
 if __name__ == "__main__":
     serve_runner()
