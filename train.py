@@ -35,7 +35,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from matplotlib import pyplot
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
@@ -50,7 +50,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 # Data
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # of pictures, as Pillow names them; EPS could start a program
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
 IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
@@ -85,6 +84,7 @@ SWANLAB_TIMEOUT = 90  # seconds that SwanLab may hold up the start, and the end
 SHARE_MACHINE_INFO = False  # True: host name, folder, command line and git address go into the run's page
 # ---------------------------------------------------------------------------------------------------------------------
 
+EpsImagePlugin.gs_binary = False  # a PostScript file that is named .jpg must not start Ghostscript
 picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat template may write
 end_of_turn = "<|im_end|>"  # what it writes behind each turn
@@ -96,19 +96,20 @@ def check_constants():
     counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
     counts += " SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
     legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
-    legal |= dict.fromkeys(
-        "LORA_ALPHA EPOCHS LEARNING_RATE SWANLAB_TIMEOUT".split(), pandas.Interval(0, 1e6, "neither")
-    )
+    positive = ("LORA_ALPHA", "EPOCHS", "LEARNING_RATE", "SWANLAB_TIMEOUT")
+    legal |= dict.fromkeys(positive, pandas.Interval(0, 10**6, closed="neither"))
     legal |= dict.fromkeys(("LORA_DROPOUT", "WARMUP"), pandas.Interval(0, 1, closed="left"))
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
     legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
     for name, values in legal.items():
-        value, fine = globals()[name], False
-        with contextlib.suppress(TypeError):  # text where a number is due
-            fine = value in values and not (isinstance(value, float) and isinstance(values, range))
-        if not fine:
+        value = globals()[name]
+        is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(values, pandas.Interval))
+        if not (is_number or isinstance(values, tuple)) or value not in values:
             raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
+    for name in ("IMAGE_FOLDERS", "LORA_TARGETS"):
+        if not isinstance(globals()[name], list) or {*map(type, globals()[name])} != {str}:
+            raise SystemExit(f"{name} = {globals()[name]!r} at the top of train.py: it must be a list of texts.")
 
 
 def load_processor():
@@ -128,25 +129,26 @@ def locate_picture(name, home):
     if not any(path.is_relative_to(os.path.abspath(Path(home, folder))) for folder in IMAGE_FOLDERS):
         raise ValueError(f"the picture {name} lies outside of IMAGE_FOLDERS: add its folder there, if it is yours")
     try:
-        Image.open(path if path.is_file() else "", formats=FORMATS).close()  # its head; csv2json.py decodes all
+        Image.open(path if path.is_file() else "").close()  # its head; csv2json.py decodes all
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {name} can't be opened: {error}") from None
     return str(path)
 
 
 @functools.lru_cache(maxsize=1000)  # nearly all records ask the same
-def write_prompts(processor, questions):
-    """Return what the chat template writes before each answer to the questions of a conversation."""
+def encode_prompts(processor, questions):
+    """Return the token ids that the chat template writes before each answer to the questions of a conversation."""
     gap = "<|endoftext|>"  # stands for an answer: a special token, so no question contains it
     turns = [{"role": role, "content": text} for ask in questions for role, text in (("user", ask), ("assistant", gap))]
     first, *others, _ = processor.apply_chat_template(turns, tokenize=False).split(gap)
-    return [first, *(text.removeprefix(end_of_turn) for text in others)]
+    prompts = [first, *(text.removeprefix(end_of_turn) for text in others)]
+    return [processor.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
 
 
 def parse_record(record, processor):
     """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on.
 
-    Returns its pictures and token ids: "prompt" [prompt, answer, ..., prompt], "answer"; <|im_end|> is part of answers.
+    Returns pictures, "asked" (texts before the last answer), token ids "prompt" [prompt, answer, ..., prompt], "answer"
     """
     try:
         roles = [turn["from"] for turn in record["conversations"]]
@@ -162,15 +164,15 @@ def parse_record(record, processor):
         raise ValueError(f"its text contains {forged[0]}, which only the chat template may write")
     if not names:
         raise ValueError("it names no picture between <|vision_start|> and <|vision_end|>")
-    pictures = [locate_picture(name, os.path.dirname(os.path.abspath(DATA_JSON))) for name in names]
+    pictures = [locate_picture(name, os.path.realpath(os.path.dirname(DATA_JSON))) for name in names]
     seen = "<|vision_start|>" + "<|image_pad|>" * (IMAGE_SIZE // 28) ** 2 + "<|vision_end|>"
-    prompts = write_prompts(processor, tuple(picture_marker.sub(seen, question) for question in texts[::2]))
-    encode = functools.partial(processor.tokenizer.backend_tokenizer.encode, add_special_tokens=False)
-    turns = zip(prompts, texts[1::2], strict=True)
-    *prompt, answer = (encode(text).ids for before, answer in turns for text in (before, answer + end_of_turn))
+    prompts = encode_prompts(processor, tuple(picture_marker.sub(seen, question) for question in texts[::2]))
+    encode = processor.tokenizer.backend_tokenizer.encode  # answers are many: without the tokenizer's own overhead
+    answers = [encode(text + end_of_turn, add_special_tokens=False).ids for text in texts[1::2]]
+    *prompt, answer = (ids for turn in zip(prompts, answers, strict=True) for ids in turn)
     if (tokens := sum(map(len, prompt)) + len(answer)) > MAX_LENGTH:
         raise ValueError(f"its {tokens} tokens are more than MAX_LENGTH = {MAX_LENGTH}")
-    return {"pictures": pictures, "prompt": prompt, "answer": answer}
+    return {"pictures": pictures, "asked": tuple(texts[:-1]), "prompt": prompt, "answer": answer}
 
 
 def read_conversations(processor):
@@ -196,7 +198,7 @@ def read_conversations(processor):
 
 def split_by_picture(conversations):
     """Hold out the TEST_IMAGES pictures of smallest hash, the same on every run, with everything said about them."""
-    home = os.path.dirname(os.path.abspath(DATA_JSON))  # not part of the hash: the same split in another folder
+    home = os.path.realpath(os.path.dirname(DATA_JSON))  # not part of the hash: the same split in another folder
     names = {path: path.removeprefix(home).replace(os.sep, "/") for c in conversations for path in c["pictures"]}
     order = sorted(names, key=lambda path: hashlib.sha256(f"{SEED}:{names[path]}".encode()).digest())
     held_out, test, train, size = set(order[:TEST_IMAGES]), [], conversations, 0
@@ -214,8 +216,7 @@ def share_prompts(conversations, most_tokens):
     """Gather the captions of a prompt, up to most_tokens together: a row of the table is what CaptionCollator reads."""
     samples, latest = [], {}
     for conversation in conversations:
-        pieces, answer = conversation["prompt"], conversation["answer"]
-        key = (*conversation["pictures"], *map(tuple, pieces))
+        pieces, answer, key = conversation["prompt"], conversation["answer"], conversation["asked"]
         if key not in latest or latest[key]["tokens"] + len(answer) > most_tokens:
             labels = [piece if number % 2 else [-100] * len(piece) for number, piece in enumerate(pieces)]
             latest[key] = {"pictures": conversation["pictures"], "prompt": sum(pieces, []), "labels": sum(labels, [])}
@@ -268,7 +269,7 @@ class CaptionCollator:
         """Open a picture upright, as RGB, resized here and nowhere else; None, and said so, where that fails."""
         try:
             size = {"resized_height": self.side, "resized_width": self.side}
-            picture = {"image": ImageOps.exif_transpose(Image.open(name, formats=FORMATS)), **size}
+            picture = {"image": ImageOps.exif_transpose(Image.open(name)), **size}
             return process_vision_info([{"content": [picture]}])[0][0]
         except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
             print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
@@ -372,15 +373,14 @@ def tracking(trainer, constants):
     try:
         yield
     finally:
-        failure = sys.exc_info()[1]
-        end = {"state": "crashed", "error": repr(failure)} if failure else {}
+        end = {"state": "crashed", "error": repr(sys.exc_info()[1])} if sys.exc_info()[0] else {}
         try:
             if swanlab.has_run():
                 advice = f"upload later: swanlab sync {swanlab.get_run().dir}"
                 ThreadPool(1).apply_async(swanlab.finish, kwds=end).get(SWANLAB_TIMEOUT)
         except Exception as problem:
             print(f"SwanLab did not finish ({problem!r}), {advice}", *end.values(), flush=True)
-            os._exit(1 if failure else 0)  # its threads, waiting for the network, would keep the process alive for ever
+            os._exit(1 if end else 0)  # its threads, waiting for the network, would keep the process alive for ever
 
 
 def last_checkpoint():
@@ -432,17 +432,20 @@ class Guard(transformers.TrainerCallback):
         torch.get_device_module(args.device).synchronize()
         minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * state.max_steps
         peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else psutil.Process().memory_info().rss
-        peak = (peak + 8 * trainable) / 2**30  # Adam's two numbers are still to come
-        print(f"Tried the heaviest pass: {peak:.2f} GiB, and at most {minutes:.0f} minutes for all steps")
+        needed = (peak + 8 * trainable) / 2**30  # Adam's two numbers are still to come
+        print(f"Tried the heaviest pass: {needed:.2f} GiB, and {minutes + 1:.0f} minutes at most for all steps")
         self.training = True
-        for number in (signal.SIGINT, signal.SIGTERM):  # again: SwanLab sets its own
-            signal.signal(number, self.stop)
+        self.catch_signals()  # again: SwanLab has set its own
 
     def check_disk(self, model, copies):
         needed = copies * 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # Adam keeps two more
         if (free := shutil.disk_usage(OUTPUT_FOLDER).free) < needed:
-            sizes = f"{free / 2**30:.2f} GiB are free, checkpoints take {needed / 2**30:.2f}"
-            raise SystemExit(f"The disk of {OUTPUT_FOLDER} is too full ({sizes}): make room, then run again to go on.")
+            room = f"{free / 2**30:.2f} GiB, {needed / 2**30:.2f} needed"
+            raise SystemExit(f"No room for checkpoints in {OUTPUT_FOLDER} ({room}): make some, then run again.")
+
+    def catch_signals(self):
+        signal.signal(signal.SIGINT, self.stop)
+        signal.signal(signal.SIGTERM, self.stop)
 
     def stop(self, number, frame):
         """Ctrl-C and SIGTERM: in training stop after the step, which is saved; else, and asked twice, at once."""
@@ -615,9 +618,7 @@ def main():
     datasets.disable_progress_bars()
     pyplot.switch_backend("agg")  # draws without a screen
     transformers.set_seed(SEED)
-    guard = Guard()
-    signal.signal(signal.SIGINT, guard.stop)
-    signal.signal(signal.SIGTERM, guard.stop)
+    (guard := Guard()).catch_signals()
     device, dtype = choose_device()
     processor, config = load_processor()
     run, checkpoint = settle_run(), last_checkpoint()
@@ -637,7 +638,6 @@ def main():
             trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError:
             raise SystemExit("Out of memory: set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
-        guard.training = False
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
