@@ -602,7 +602,7 @@ def publish(results, state, collator):
         pictures = [collator.open_picture(row["pictures"][0]) for row in results["captions"][:SAMPLES_SHOWN]]
         images = [swanlab.Image(p, caption=t, file_type="jpg") for p, t in zip(pictures, texts, strict=True) if p]
         swanlab.log({"samples": images, "captions": list(map(swanlab.Text, texts))}, step=step)
-        swanlab.log({f"scores/{n} {when}": v for when in scores for n, v in scores[when].items()}, step=step)
+        swanlab.log({f"scores/{name}": value for name, value in scores["after"].items()}, step=step)  # step 0: before
     print("", *texts, scores.to_string(float_format="{:.3f}".format), sep="\n")
     print(f"Step {step}: {len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
 
