@@ -261,24 +261,6 @@ def test_weights_that_broke_are_told_in_a_sentence(undisturbed, served, tmp_path
     )
 
 
-def test_two_processes_learn_the_same(undisturbed, served, tmp_path):
-    """Guards torchrun and checkpointing: the passes of a step are shared out, the losses stay those of one process."""
-    folder = another(undisturbed[0], tmp_path)
-    constants = {**SMALL, "GRADIENT_ACCUMULATION": 4, "LORA_DROPOUT": 0.0}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    losses = []
-    for name, launcher, checkpointing in (("one", [], False), ("two", torchrun, False), ("again", torchrun, True)):
-        start, *rest = command("train.py", **constants, OUTPUT_FOLDER=name, GRADIENT_CHECKPOINTING=checkpointing)
-        environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
-        options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 300}
-        done = subprocess.run([start, *launcher, *rest], **options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        state = json.loads((folder / name / "checkpoint-6/trainer_state.json").read_text(encoding="utf-8"))
-        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-3)
-    assert losses[1] == pytest.approx(losses[2], abs=1e-3)
-
-
 @pytest.mark.parametrize("part", [0, 1], ids=["Chinese", "English"])
 def test_readme_captions_a_picture(undisturbed, served, part):
     """Guards the first thing a user does afterwards: README's code gives what the evaluation gave, merged or not."""
