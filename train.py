@@ -29,6 +29,7 @@ import datasets
 import pandas
 import peft
 import psutil
+import requests
 import swanlab
 import torch
 import transformers
@@ -41,7 +42,6 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from qwen_vl_utils import process_vision_info
 from safetensors import SafetensorError
-from swanlab.integration.transformers import SwanLabCallback
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -107,9 +107,8 @@ def check_constants():
         is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(values, pandas.Interval))
         if not (is_number or isinstance(values, tuple)) or value not in values:
             raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
-    for name in ("IMAGE_FOLDERS", "LORA_TARGETS"):
-        if not isinstance(globals()[name], list) or {*map(type, globals()[name])} != {str}:
-            raise SystemExit(f"{name} = {globals()[name]!r} at the top of train.py: it must be a list of texts.")
+    if not isinstance(IMAGE_FOLDERS, list) or {*map(type, IMAGE_FOLDERS)} != {str}:
+        raise SystemExit(f"IMAGE_FOLDERS = {IMAGE_FOLDERS!r} at the top of train.py: it must be a list of texts.")
 
 
 def load_processor():
@@ -140,9 +139,8 @@ def encode_prompts(processor, questions):
     """Return the token ids that the chat template writes before each answer to the questions of a conversation."""
     gap = "<|endoftext|>"  # stands for an answer: a special token, so no question contains it
     turns = [{"role": role, "content": text} for ask in questions for role, text in (("user", ask), ("assistant", gap))]
-    first, *others, _ = processor.apply_chat_template(turns, tokenize=False).split(gap)
-    prompts = [first, *(text.removeprefix(end_of_turn) for text in others)]
-    return [processor.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    *prompts, _ = processor.apply_chat_template(turns, tokenize=False).split(gap)
+    return [processor.tokenizer.encode(text.removeprefix(end_of_turn), add_special_tokens=False) for text in prompts]
 
 
 def parse_record(record, processor):
@@ -354,33 +352,37 @@ def load_model(dtype):
 
 
 @contextlib.contextmanager
-def tracking(trainer, constants):
-    """Let SwanLab record what the Trainer logs; whatever is wrong with SwanLab is printed, and training goes on."""
+def tracking(constants):
+    """Open a SwanLab run; whatever is wrong with SwanLab is printed, and training goes on."""
     os.environ.pop("SWANLAB_PROJECT", None)  # SwanLab refuses to start where it is set; the constant says it anyway
     probe = dict.fromkeys(("runtime", "git", "requirements", "swanlab"), SHARE_MACHINE_INFO)
+    private = {"probe": swanlab.Settings.Probe(**probe), "terminal": swanlab.Settings.Terminal(proxy_type="none")}
     run = {"project": SWANLAB_PROJECT, "name": SWANLAB_EXPERIMENT, "config": constants}
     for mode in (SWANLAB_MODE, "offline"):  # offline: recorded on disk, for swanlab sync to upload
         try:
-            settings = swanlab.Settings(interactive=False, probe=swanlab.Settings.Probe(**probe))  # it asks for no key
+            settings = swanlab.Settings(interactive=False, **private)  # it asks for no key
             if mode == "auto":
                 mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
-            run |= {"mode": mode, "settings": settings}
-            ThreadPool(1).apply_async(swanlab.init, kwds=run).get(SWANLAB_TIMEOUT)
-            trainer.add_callback(SwanLabCallback(log_config=False))  # the run's configuration is the constants
+            if mode == "online":  # a start that hangs would let no other begin
+                requests.head(settings.api_host, timeout=min(10, SWANLAB_TIMEOUT))
+            arguments = run | {"mode": mode, "settings": settings}
+            ThreadPool(1).apply_async(swanlab.init, kwds=arguments).get(SWANLAB_TIMEOUT)
             break
         except Exception as problem:
             print(f"SwanLab does not start in mode {mode}: {problem!r}")
     try:
         yield
     finally:
-        end = {"state": "crashed", "error": repr(sys.exc_info()[1])} if sys.exc_info()[0] else {}
+        failure = sys.exc_info()[1]
+        end = {"state": "crashed", "error": type(failure).__name__} if failure else {}  # its text may name folders
         try:
             if swanlab.has_run():
-                advice = f"upload later: swanlab sync {swanlab.get_run().dir}"
+                advice = f"upload later: swanlab sync {swanlab.get_run().dir} --id {swanlab.get_run().id}"
                 ThreadPool(1).apply_async(swanlab.finish, kwds=end).get(SWANLAB_TIMEOUT)
         except Exception as problem:
-            print(f"SwanLab did not finish ({problem!r}), {advice}", *end.values(), flush=True)
-            os._exit(1 if end else 0)  # its threads, waiting for the network, would keep the process alive for ever
+            print(f"SwanLab did not finish ({problem!r}), {advice}\n{failure or ''}", flush=True)
+            code = getattr(failure, "code", 1) if failure else 0
+            os._exit(code if isinstance(code, int) else 1)  # its waiting threads would keep the process alive for ever
 
 
 def last_checkpoint():
@@ -439,9 +441,8 @@ class Guard(transformers.TrainerCallback):
 
     def check_disk(self, model, copies):
         needed = copies * 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # Adam keeps two more
-        if (free := shutil.disk_usage(OUTPUT_FOLDER).free) < needed:
-            room = f"{free / 2**30:.2f} GiB, {needed / 2**30:.2f} needed"
-            raise SystemExit(f"No room for checkpoints in {OUTPUT_FOLDER} ({room}): make some, then run again.")
+        if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
+            raise SystemExit(f"No room for checkpoints in {OUTPUT_FOLDER}, {needed >> 20} MiB: make some, run again.")
 
     def catch_signals(self):
         signal.signal(signal.SIGINT, self.stop)
@@ -479,6 +480,12 @@ class CaptionTrainer(transformers.Trainer):
             where = f"The loss is {loss} in step {self.state.global_step + 1}, on {', '.join(names)}"
             raise SystemExit(f"{where}: look at these, or lower LEARNING_RATE. The last checkpoint is kept.")
         return loss
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs, *args, **kwargs)
+        names = [name for name in ("loss", "eval_loss", "learning_rate", "grad_norm") if name in logs]
+        if names and swanlab.has_run():
+            swanlab.log({f"train/{n}".replace("train/eval_", "eval/"): logs[n] for n in names}, self.state.global_step)
 
     def evaluate(self, *args, **kwargs):
         metrics, table, collator = super().evaluate(*args, **kwargs), self.eval_dataset, self.data_collator
@@ -519,14 +526,6 @@ def build_trainer(model, collator, tables, guard):
     return CaptionTrainer(model, arguments, collator, tables["train"], tables["test"], callbacks=[guard])
 
 
-def save_model(model, processor, folder):
-    """Save the adapter with its processor; files appear in the folder only when all are written."""
-    model.save_pretrained(f"{folder}/adapter.tmp")
-    processor.save_pretrained(f"{folder}/adapter.tmp")
-    shutil.copytree(f"{folder}/adapter.tmp", folder, dirs_exist_ok=True, copy_function=os.replace)
-    shutil.rmtree(f"{folder}/adapter.tmp")
-
-
 @torch.inference_mode()
 def caption_pictures(model, collator, table, title):
     """Caption pictures greedily, their input made as in training. Returns [{"caption": str, "ended": by itself}]."""
@@ -534,7 +533,6 @@ def caption_pictures(model, collator, table, title):
     end = tokenizer.convert_tokens_to_ids(end_of_turn)
     limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
     greedy = transformers.GenerationConfig(do_sample=False, **limits)
-    model.eval()
     captions = []
     with PartialState().split_between_processes(table) as share:  # gather_object() puts the shares in order again
         for start in tqdm(range(0, len(share), EVAL_BATCH_SIZE), desc=title, unit="batch", leave=False):
@@ -589,19 +587,18 @@ def publish(results, state, collator):
     pyplot.savefig(svg := io.StringIO(), format="svg", bbox_inches="tight")
     pyplot.close()
     look = {"border": 0, "float_format": "{:.3f}".format, "escape": False}
-    page += f"<h1>Step {step}</h1>{scores.to_html(**look)}<p>People's captions of COCO have a CIDEr of about 0.9.<p>"
-    page += "<svg" + svg.getvalue().partition("<svg")[2]
+    page += f"<h1>Step {step}: scores</h1>{scores.to_html(**look)}<svg{svg.getvalue().partition('<svg')[2]}"
     gallery = pandas.DataFrame([draw_row(row, collator) for row in results["captions"]])
     best, worst = gallery.nlargest(5, "CIDEr"), gallery.nsmallest(5, "CIDEr")
     for title, rows in (("Best five", best), ("Worst five", worst), ("All", gallery)):
         page += f"<h2>{title}</h2>" + rows.to_html(**look, index=False)
     write_file(Path(OUTPUT_FOLDER) / "report.html", page)
-    text = "people: {human[0]}\nbefore: {before[caption]}\nafter:  {after[caption]}"
+    text = "after:  {after[caption]}\nbefore: {before[caption]}\npeople: {human[0]}"
     texts = [text.format(**row) for row in results["captions"][:SAMPLES_SHOWN]]
     if swanlab.has_run():
         pictures = [collator.open_picture(row["pictures"][0]) for row in results["captions"][:SAMPLES_SHOWN]]
         images = [swanlab.Image(p, caption=t, file_type="jpg") for p, t in zip(pictures, texts, strict=True) if p]
-        swanlab.log({"samples": images, "captions": list(map(swanlab.Text, texts))}, step=step)
+        swanlab.log({"samples": images, "captions": [swanlab.Text(t, caption=t[:50]) for t in texts]}, step=step)
         swanlab.log({f"scores/{name}": value for name, value in scores["after"].items()}, step=step)  # step 0: before
     print("", *texts, scores.to_string(float_format="{:.3f}".format), sep="\n")
     print(f"Step {step}: {len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
@@ -633,7 +630,7 @@ def main():
     print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
     model = load_model(dtype).to(device)
     trainer = build_trainer(model, collator, tables, guard)
-    with tracking(trainer, run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
+    with tracking(run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError:
@@ -642,7 +639,10 @@ def main():
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
         if trainer.is_world_process_zero():
-            save_model(model, processor, OUTPUT_FOLDER)
+            model.save_pretrained(unfinished := f"{OUTPUT_FOLDER}/adapter.tmp")
+            processor.save_pretrained(unfinished)
+            shutil.copytree(unfinished, OUTPUT_FOLDER, dirs_exist_ok=True, copy_function=os.replace)
+            shutil.rmtree(unfinished)
             write_file(f"{OUTPUT_FOLDER}/results.json", trainer.results)  # last: with it the run counts as finished
 
 

@@ -523,7 +523,7 @@ def test_full_disk_is_told_before_half_a_checkpoint_is_written(train, guard, mon
     callback, states, given = guard
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     control = SimpleNamespace(should_training_stop=False, should_save=False)
-    with pytest.raises(SystemExit, match="No room for checkpoints in .*make some, then run again"):
+    with pytest.raises(SystemExit, match="No room for checkpoints in .*make some, run again"):
         if when == "before training":
             callback.on_train_begin(*states, **given)
         else:
