@@ -5,7 +5,7 @@ Writes  output/Qwen2-VL-2B/: report.html (open it with a double click, from the 
         processor, checkpoints, run.json (what made it), results.json (scores, captions before and after); swanlog/
 Run     python train.py, or on several cards: torchrun --nproc_per_node=2 train.py
         Stopped halfway, by Ctrl-C or worse, run it again: it goes on from the last complete checkpoint.
-Takes   for 500 pictures minutes and about 6 GB on a current card; both are measured before the first step
+Takes   minutes for 500 pictures, 6 GB of a small card or 10 of a large one; the heaviest pass is measured first
 """
 
 import base64
@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -68,7 +69,7 @@ LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
 WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
 SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
 GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
-DATALOADER_WORKERS = "auto"  # processes that open pictures; 0: none; "auto": by the number of CPU cores
+DATALOADER_WORKERS = "auto"  # processes that open pictures, about 180 a second each; 0: none; "auto": 2 for a card
 # Evaluation and saving
 EVAL_BATCH_SIZE = 8  # pictures captioned at once
 MAX_NEW_TOKENS = 128  # a caption that doesn't end by itself is cut here
@@ -77,7 +78,6 @@ LOG_STEPS = 5  # optimizer steps between two points of the curves
 SAVE_STEPS = 100  # optimizer steps between checkpoints; the end of an epoch is always saved
 KEEP_CHECKPOINTS = 2  # older ones are deleted
 OUTPUT_FOLDER = "output/Qwen2-VL-2B"
-# SwanLab
 SWANLAB_MODE = "auto"  # "online", "local", "offline", "disabled"; "auto": online if logged in, else local
 SWANLAB_PROJECT, SWANLAB_EXPERIMENT = "Qwen2-VL-finetune", "qwen2vl-coco2014"
 SWANLAB_TIMEOUT = 90  # seconds that SwanLab may hold up the start, and the end
@@ -94,9 +94,9 @@ word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as
 def check_constants():
     """Refuse an impossible constant by its name, before anything is read."""
     counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
-    counts += " SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
+    counts += " EPOCHS SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
     legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
-    positive = ("LORA_ALPHA", "EPOCHS", "LEARNING_RATE", "SWANLAB_TIMEOUT")
+    positive = ("LORA_ALPHA", "LEARNING_RATE", "SWANLAB_TIMEOUT")
     legal |= dict.fromkeys(positive, pandas.Interval(0, 10**6, closed="neither"))
     legal |= dict.fromkeys(("LORA_DROPOUT", "WARMUP"), pandas.Interval(0, 1, closed="left"))
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
@@ -156,12 +156,10 @@ def parse_record(record, processor):
         "".join(texts).encode("utf-8")  # half a surrogate pair is no text, says the error
     except (KeyError, TypeError, AttributeError):
         raise ValueError('it is not {"conversations": [{"from": ..., "value": ...}, ...]}') from None
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts[1::2])):
-        raise ValueError("its turns are not from user, assistant, user, assistant, ..., or an answer is empty")
     if forged:
         raise ValueError(f"its text contains {forged[0]}, which only the chat template may write")
-    if not names:
-        raise ValueError("it names no picture between <|vision_start|> and <|vision_end|>")
+    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts[1::2])) or not names:
+        raise ValueError("its turns are not from user, assistant, ..., an answer is empty, or it names no picture")
     pictures = [locate_picture(name, os.path.realpath(os.path.dirname(DATA_JSON))) for name in names]
     seen = "<|vision_start|>" + "<|image_pad|>" * (IMAGE_SIZE // 28) ** 2 + "<|vision_end|>"
     prompts = encode_prompts(processor, tuple(picture_marker.sub(seen, question) for question in texts[::2]))
@@ -228,7 +226,8 @@ def share_prompts(conversations, most_tokens):
 def prepare_tables(processor, resuming):
     """Check and split the data, once for all processes and all resumes. Returns {"train", "test"}, memory-mapped."""
     folder = Path(OUTPUT_FOLDER) / "table"
-    if PartialState().is_main_process and not (resuming and folder.is_dir()):
+    kept = resuming and folder.is_dir() and datasets.load_from_disk(folder)["train"][0]["pictures"][0]
+    if PartialState().is_main_process and not (kept and os.path.isfile(kept)):  # else the project was moved
         train, test = split_by_picture(read_conversations(processor))
         tables = datasets.DatasetDict(train=share_prompts(train, MAX_LENGTH), test=share_prompts(test, sys.maxsize))
         tables.save_to_disk(f"{folder}.tmp")
@@ -294,7 +293,6 @@ class CaptionCollator:
         input_ids = input_ids.where(captions >= 0, self.processor.tokenizer.pad_token_id)
         text = {"input_ids": input_ids, "captions": captions, "labels": labels}
         text |= {"mm_token_type_ids": (input_ids == self.processor.image_token_id).long()}
-        # patches of all pictures one after another: pictures of different sizes need no padding
         return text | {**self.processor.image_processor(pictures, do_resize=False, return_tensors="pt"), "names": names}
 
     def __call__(self, samples):
@@ -326,7 +324,7 @@ class CaptionCollator:
 def choose_device():
     """Return (device, dtype of the base model) and say why; the adapter itself is float32 in any case."""
     if not torch.cuda.is_available():
-        print("No CUDA card: on the CPU, in float32. Fine for a trial of a small model; the real one would take days.")
+        print(f"No CUDA card (torch {torch.__version__}, CUDA {torch.version.cuda}): the CPU is for small models only.")
         return PartialState(cpu=True).device, torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return PartialState().device, torch.bfloat16
@@ -341,7 +339,7 @@ def load_model(dtype):
         model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise SystemExit(f"{MODEL_FOLDER} doesn't load; load_model.py, run again, mends it: {error}") from None
-    layers = {name.rpartition(".")[2] for name, _ in model.model.language_model.named_modules()}
+    layers = {n.rpartition(".")[2] for n, m in model.model.language_model.named_modules() if hasattr(m, "in_features")}
     if unknown := sorted(set(LORA_TARGETS) - layers):
         raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
     model.config.text_config.use_cache = False  # nothing is read twice in training; generate() sets its own
@@ -407,9 +405,9 @@ def settle_run():
     shaping += " BATCH_SIZE GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP SEED"
     run["shape"] = {name: run["constants"][name] for name in shaping.split()}
     run["shape"]["the data"] = hashlib.sha256(Path(DATA_JSON).read_bytes()).hexdigest()
-    folder = Path(OUTPUT_FOLDER)
+    folder, path = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "run.json"
     if any([*folder.glob("checkpoint-*"), *folder.glob("results.json")]):  # something was trained there
-        old = json.loads((folder / "run.json").read_text(encoding="utf-8"))["shape"]
+        old = json.loads(path.read_text(encoding="utf-8"))["shape"] if path.is_file() else {}
         if changed := [f"{n} was {old.get(n)}, is {now}" for n, now in run["shape"].items() if old.get(n) != now]:
             raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): set OUTPUT_FOLDER to a new folder.")
     return run
@@ -432,21 +430,18 @@ class Guard(transformers.TrainerCallback):
         model.train()(**inputs).loss.backward()
         model.zero_grad()
         torch.get_device_module(args.device).synchronize()
-        minutes = (time.monotonic() - start) / 60 * args.gradient_accumulation_steps * state.max_steps
+        seconds = (time.monotonic() - start) * args.gradient_accumulation_steps * (state.max_steps - state.global_step)
         peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else psutil.Process().memory_info().rss
-        needed = (peak + 8 * trainable) / 2**30  # Adam's two numbers are still to come
-        print(f"Tried the heaviest pass: {needed:.2f} GiB, and {minutes + 1:.0f} minutes at most for all steps")
+        needed = f"{(peak + 8 * trainable) / 2**30:.2f} GiB"  # Adam's two numbers are still to come
+        print(f"Tried the heaviest pass: {needed}, and {seconds // 60 + 1:.0f} minutes for all of them")
         self.training = True
-        self.catch_signals()  # again: SwanLab has set its own
+        signal.signal(signal.SIGINT, self.stop)  # again: SwanLab has set its own
+        signal.signal(signal.SIGTERM, self.stop)
 
     def check_disk(self, model, copies):
         needed = copies * 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # Adam keeps two more
         if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
             raise SystemExit(f"No room for checkpoints in {OUTPUT_FOLDER}, {needed >> 20} MiB: make some, run again.")
-
-    def catch_signals(self):
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
 
     def stop(self, number, frame):
         """Ctrl-C and SIGTERM: in training stop after the step, which is saved; else, and asked twice, at once."""
@@ -465,6 +460,8 @@ class Guard(transformers.TrainerCallback):
         control.should_save |= stopped or state.epoch.is_integer()
         if control.should_save:
             self.check_disk(model, copies=1)
+            if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+                raise SystemExit("The adapter is no longer finite: lower LEARNING_RATE. The last checkpoint is kept.")
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_evaluate &= state.epoch.is_integer()  # not where a signal ended it
@@ -508,8 +505,9 @@ def build_trainer(model, collator, tables, guard):
     if GRADIENT_ACCUMULATION % processes:
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
     on_card, workers = model.device.type == "cuda", DATALOADER_WORKERS
-    if workers == "auto":  # a model on the CPU needs the cores itself
-        workers = min(2 if os.name == "nt" else 8, max(1, os.cpu_count() // processes - 1)) if on_card else 0
+    if workers == "auto":  # a model on the CPU needs the cores itself; containers often share 64 MB, too little
+        room = on_card and (os.name == "nt" or shutil.disk_usage("/dev/shm").free > 2**28)
+        workers = min(2, max(1, os.cpu_count() // processes - 1)) if room else 0
     options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
     options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": BATCH_SIZE}
     options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
@@ -582,8 +580,8 @@ def publish(results, state, collator):
     page = "<!doctype html><meta charset=utf-8><style>* { font-family: sans-serif } b { background: #bfb }"
     page += " img { width: 200px } td, th { padding: 4px 12px; text-align: left; vertical-align: top }</style>"
     curves = pandas.DataFrame(state.log_history, columns=["step", "loss", "eval_loss", "learning_rate", "grad_norm"])
-    curves = curves.groupby("step").first().interpolate()
-    curves.plot(subplots=[("loss", "eval_loss")], layout=(1, 3), figsize=(15, 4))
+    panels = {"subplots": [("loss", "eval_loss")], "layout": (1, 3), "figsize": (15, 4)}
+    curves.groupby("step").first().interpolate().plot(**panels)
     pyplot.savefig(svg := io.StringIO(), format="svg", bbox_inches="tight")
     pyplot.close()
     look = {"border": 0, "float_format": "{:.3f}".format, "escape": False}
@@ -615,7 +613,8 @@ def main():
     datasets.disable_progress_bars()
     pyplot.switch_backend("agg")  # draws without a screen
     transformers.set_seed(SEED)
-    (guard := Guard()).catch_signals()
+    signal.signal(signal.SIGINT, (guard := Guard()).stop)
+    signal.signal(signal.SIGTERM, guard.stop)
     device, dtype = choose_device()
     processor, config = load_processor()
     run, checkpoint = settle_run(), last_checkpoint()
@@ -633,8 +632,9 @@ def main():
     with tracking(run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except torch.OutOfMemoryError:
-            raise SystemExit("Out of memory: set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
+        except Exception:  # told here: an open traceback would keep the workers alive, and they this process
+            traceback.print_exc()
+            raise SystemExit("Out of memory? Set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
