@@ -251,6 +251,14 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, served, tmp_path):
     assert same_adapter(folder, undisturbed[0])
 
 
+def test_an_error_ends_it_though_workers_live(undisturbed, served, tmp_path):
+    """Guards the card: workers that let signals pass once kept a failed process, and its memory, for ever."""
+    folder = another(undisturbed[0], tmp_path)
+    (folder / OUTPUT / "report.html").mkdir(parents=True)  # nothing can be written in its place
+    done = train(folder, served, DATALOADER_WORKERS=2)
+    assert done.returncode == 1 and "IsADirectoryError" in done.stderr
+
+
 def test_weights_that_broke_are_told_in_a_sentence(undisturbed, served, tmp_path):
     """Guards against a traceback of safetensors: load_model.py is who mends them."""
     folder = another(undisturbed[0], tmp_path)

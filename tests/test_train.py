@@ -543,3 +543,47 @@ def test_loss_that_is_not_finite_ends_it_with_the_pictures_named(train, collator
     assert trainer.compute_loss(network, dict(batch)).item() == 2.5
     with pytest.raises(SystemExit, match="The loss is nan in step 7, on .*one.jpg.*two.jpg.*look at these"):
         trainer.compute_loss(network, dict(batch))
+
+
+def test_adapter_that_is_not_finite_is_not_saved(guard):
+    """Guards the last checkpoint: a gradient can be NaN behind a finite loss, and each resume would fail again."""
+    callback, (args, *_), given = guard
+    model, control = given["model"], SimpleNamespace(should_training_stop=False, should_save=False)
+    weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    callback.on_step_end(args, SimpleNamespace(epoch=1.0), control, model)
+    assert control.should_save
+    kept = weight.data[0, 0].item()
+    weight.data[0, 0] = float("nan")
+    try:
+        with pytest.raises(SystemExit, match="no longer finite"):
+            callback.on_step_end(args, SimpleNamespace(epoch=2.0), control, model)
+    finally:
+        weight.data[0, 0] = kept
+
+
+def test_checkpoints_of_somebody_else_are_told(train, pictures, monkeypatch):
+    """Guards who has the tutorial's own output there: no traceback, and nothing of theirs is written over."""
+    (pictures / "data.json").write_text("[]", encoding="utf-8")
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(pictures / "output"))
+    (pictures / "output" / "checkpoint-62").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds another run .*set OUTPUT_FOLDER to a new folder"):
+        train.settle_run()
+
+
+def test_a_project_that_was_moved_is_checked_again(train, collator, pictures, monkeypatch, tmp_path_factory):
+    """Guards a resume in another folder: the table names pictures by where they were, and all would be grey."""
+    records = [about("one.jpg", "a red star"), about("two.jpg", "a small circle")]
+    (pictures / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    monkeypatch.setattr(train, "TEST_IMAGES", 1)
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(pictures / "output"))
+    first = train.prepare_tables(collator.processor, resuming=False)["train"][0]
+    monkeypatch.setattr(train, "read_conversations", lambda processor: pytest.fail("checked twice"))
+    assert train.prepare_tables(collator.processor, resuming=True)["train"][0] == first
+    monkeypatch.undo()
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    pictures.rename(moved)
+    for name, value in (("DATA_JSON", moved / "data.json"), ("OUTPUT_FOLDER", moved / "output")):
+        monkeypatch.setattr(train, name, str(value))
+    monkeypatch.setattr(train, "TEST_IMAGES", 1)
+    again = train.prepare_tables(collator.processor, resuming=True)["train"][0]
+    assert again["prompt"] == first["prompt"] and Path(again["pictures"][0]).is_file()
