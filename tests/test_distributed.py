@@ -61,11 +61,11 @@ def finish(folder: Path, hub, launcher: list[str], name: str, **constants) -> st
     return printed
 
 
-def wait_for(sign: str, log: Path, run: subprocess.Popen):
-    """Wait until `sign` is printed."""
+def wait_for(sign: str, path: Path, run: subprocess.Popen):
+    """Wait until `sign` stands in the file."""
     deadline = time.monotonic() + 100
-    while sign not in read_text(log):
-        assert run.poll() is None and time.monotonic() < deadline, read_text(log)
+    while sign not in read_text(path):
+        assert run.poll() is None and time.monotonic() < deadline, f"{sign} never came to {path}"
         time.sleep(0.01)
 
 
@@ -126,10 +126,8 @@ def test_passes_that_cannot_be_shared_out_are_refused_in_a_sentence(alone, serve
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_one_killed_process_ends_all_and_one_alone_goes_on(alone, served):  # noqa: F811
     """Guards hours of rented machines that wait for a dead one, and checkpoints that only as many cards can read."""
-    run, log, began = start(alone, served, several(2), "killed"), alone / "killed.log", time.monotonic()
-    while not (alone / "killed/checkpoint-2/trainer_state.json").exists():
-        assert run.poll() is None and time.monotonic() < began + 100, read_text(log)
-        time.sleep(0.01)
+    run = start(alone, served, several(2), "killed")
+    wait_for('"trial_params"', alone / "killed/checkpoint-2/trainer_state.json", run)  # its last line
     workers_of(run)[1].kill()
     assert end(run, MINUTE) != 0 and not (alone / "killed/results.json").exists()
     printed = finish(alone, served, [], "killed")
