@@ -91,9 +91,7 @@ def main() -> None:
         print(f"{pictures:,} pictures, {(folder / 'data_vl.json').stat().st_size / 1e6:.1f} MB of JSON", flush=True)
         for start in ("fresh", "resumed"):
             data, first, own, workers = measure(folder)
-            print(
-                f"{start}: {data:.1f} s to the table's end, {first:.1f} s to the first step, {own} MB, workers {workers}"
-            )
+            print(f"{start}: table after {data:.1f} s, first step after {first:.1f} s; {own} MB, workers {workers}")
         table = sum(path.stat().st_size for path in folder.rglob("table/**/*") if path.is_file())
         print(f"table: {table / 1e6:.1f} MB")
 
