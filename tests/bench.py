@@ -66,7 +66,7 @@ class Run:
     count: bool = False  # count the arithmetic of one more step
 
 
-class Enough(Exception):
+class Enough(BaseException):  # no error: train.py tells of errors and ends
     """Ends a training that has been timed."""
 
 
