@@ -407,7 +407,7 @@ def settle_run():
     run["shape"]["the data"] = hashlib.sha256(Path(DATA_JSON).read_bytes()).hexdigest()
     folder, path = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "run.json"
     if any([*folder.glob("checkpoint-*"), *folder.glob("results.json")]):  # something was trained there
-        old = json.loads(path.read_text(encoding="utf-8"))["shape"] if path.is_file() else {}
+        old = json.loads(path.read_text(encoding="utf-8")).get("shape", {}) if path.is_file() else {}
         if changed := [f"{n} was {old.get(n)}, is {now}" for n, now in run["shape"].items() if old.get(n) != now]:
             raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): set OUTPUT_FOLDER to a new folder.")
     return run

@@ -561,11 +561,14 @@ def test_adapter_that_is_not_finite_is_not_saved(guard):
         weight.data[0, 0] = kept
 
 
-def test_checkpoints_of_somebody_else_are_told(train, pictures, monkeypatch):
+@pytest.mark.parametrize("run", [None, "{}"], ids=["no run.json", "another version's"])
+def test_checkpoints_of_somebody_else_are_told(train, pictures, monkeypatch, run):
     """Guards who has the tutorial's own output there: no traceback, and nothing of theirs is written over."""
     (pictures / "data.json").write_text("[]", encoding="utf-8")
     monkeypatch.setattr(train, "OUTPUT_FOLDER", str(pictures / "output"))
     (pictures / "output" / "checkpoint-62").mkdir(parents=True)
+    if run:
+        (pictures / "output" / "run.json").write_text(run, encoding="utf-8")
     with pytest.raises(SystemExit, match="holds another run .*set OUTPUT_FOLDER to a new folder"):
         train.settle_run()
 
