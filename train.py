@@ -1,4 +1,4 @@
-"""Stage 4 of 4: teach Qwen2-VL-2B-Instruct to caption pictures with LoRA, and show what it learned.
+"""Step 4 of 4: teach Qwen2-VL-2B-Instruct to caption pictures with LoRA, and show what it learned.
 
 Reads   data_vl.json (csv2json.py) with the pictures it names, and Qwen/Qwen2-VL-2B-Instruct/ (load_model.py)
 Writes  output/Qwen2-VL-2B/: report.html (open it with a double click, from the first minutes on), the adapter with its
@@ -279,12 +279,12 @@ class CaptionCollator:
         """
         rows, pictures, names = [], [], []  # of a row: (token, caption, label) each
         for sample in samples:
-            *row, newline = ((*pair[:1], 0, *pair[1:]) for pair in zip(sample["prompt"], sample["labels"], strict=True))
+            *row, newline = zip(sample["prompt"], [0] * len(sample["prompt"]), sample["labels"], strict=True)
             for caption, answer in enumerate(sample["answers"] if with_answers else [], start=1):
                 row += [(newline[0], caption, -100), *((token, caption, token) for token in answer)]
             row = torch.tensor(row if with_answers else [*row, newline])  # (tokens, 3)
             opened = [self.open_picture(name) for name in sample["pictures"]]
-            row[:, 2] = row[:, 2].where(torch.tensor(None not in opened), -100)
+            row[:, 2] = row[:, 2].where(torch.tensor(None not in opened), -100)  # a lost one teaches nothing
             rows.append(row)
             pictures += [picture or Image.new("RGB", (self.side, self.side), "grey") for picture in opened]
             names += sample["pictures"]
@@ -634,7 +634,7 @@ def main():
             trainer.train(resume_from_checkpoint=checkpoint)
         except Exception:  # told here: an open traceback would keep the workers alive, and they this process
             traceback.print_exc()
-            raise SystemExit("Out of memory? Set GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
+            raise SystemExit("See above. Out of memory: GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
