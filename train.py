@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -34,8 +33,7 @@ import requests
 import swanlab
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate import PartialState, utils
 from matplotlib import pyplot
 from PIL import EpsImagePlugin, Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
@@ -43,31 +41,29 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from qwen_vl_utils import process_vision_info
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
+ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
+# From here to SEED: what shapes a run, which goes on only with the same values
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
 IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
-ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
-# Model
 MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # any Qwen2-VL folder
 LORA_RANK = 64  # width of the adapter; its size and memory grow with it; 8 to 64 are usual
 LORA_ALPHA = 16  # the adapter's output is scaled by alpha / rank
 LORA_DROPOUT = 0.05  # share of the adapter's inputs dropped while training
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of the language model
-# Optimisation
 BATCH_SIZE = 4  # pictures a pass, each with all its captions; halve it when memory runs out, ...
 GRADIENT_ACCUMULATION = 4  # ... and double this: passes an optimizer step, which sees BATCH_SIZE x this many pictures
 EPOCHS = 2  # times that each training picture is seen
 LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
 WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
 SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
+# Speed and memory
 GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
 DATALOADER_WORKERS = "auto"  # processes that open pictures, about 180 a second each; 0: none; "auto": 2 for a card
 # Evaluation and saving
@@ -88,6 +84,9 @@ EpsImagePlugin.gs_binary = False  # a PostScript file that is named .jpg must no
 picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat template may write
 end_of_turn = "<|im_end|>"  # what it writes behind each turn
+score_meaning = """More is better. CIDEr weighs words that tell pictures apart (compare it between equally many pictures
+only), BLEU-4 counts runs of four words that people wrote, too, ROUGE-L the longest sequence of such words."""
+dull = re.compile("epoch|runtime|per_second|flos|train_loss|minutes")  # is logged, but nobody looks at it as a curve
 word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
 
 
@@ -96,12 +95,11 @@ def check_constants():
     counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
     counts += " EPOCHS SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
     legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
-    positive = ("LORA_ALPHA", "LEARNING_RATE", "SWANLAB_TIMEOUT")
-    legal |= dict.fromkeys(positive, pandas.Interval(0, 10**6, closed="neither"))
-    legal |= dict.fromkeys(("LORA_DROPOUT", "WARMUP"), pandas.Interval(0, 1, closed="left"))
+    positive, share = pandas.Interval(0, 10**6, closed="neither"), pandas.Interval(0, 1, closed="left")
+    legal |= {"LORA_ALPHA": positive, "LEARNING_RATE": positive, "SWANLAB_TIMEOUT": positive, "LORA_DROPOUT": share}
+    legal |= {"WARMUP": share, "SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
-    legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
     for name, values in legal.items():
         value = globals()[name]
         is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(values, pandas.Interval))
@@ -215,8 +213,8 @@ def share_prompts(conversations, most_tokens):
         pieces, answer, key = conversation["prompt"], conversation["answer"], conversation["asked"]
         if key not in latest or latest[key]["tokens"] + len(answer) > most_tokens:
             labels = [piece if number % 2 else [-100] * len(piece) for number, piece in enumerate(pieces)]
-            latest[key] = {"pictures": conversation["pictures"], "prompt": sum(pieces, []), "labels": sum(labels, [])}
-            latest[key] |= {"answers": [], "tokens": len(latest[key]["prompt"])}
+            latest[key] = {"pictures": conversation["pictures"], "answers": []}
+            latest[key] |= {"prompt": sum(pieces, []), "labels": sum(labels, []), "tokens": sum(map(len, pieces))}
             samples.append(latest[key])
         latest[key]["answers"].append(answer)
         latest[key]["tokens"] += len(answer) + 1  # each has a line break of its own in front
@@ -240,7 +238,6 @@ def prepare_tables(processor, resuming):
 def write_file(path, content):
     """Write text, or anything else as readable JSON, in one rename: a killed run never leaves half a file."""
     if PartialState().is_main_process:  # with torchrun there is one process a card, and one of them writes
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2)
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         os.replace(f"{path}.tmp", path)
@@ -256,8 +253,8 @@ class CaptionCollator:
     """
 
     # Qwen2-VL's own positions (time, row, column of a token); they need no weights, so a worker needs no model
-    get_rope_index = Qwen2VLModel.get_rope_index
-    get_vision_position_ids = Qwen2VLModel.get_vision_position_ids
+    get_rope_index = transformers.Qwen2VLModel.get_rope_index
+    get_vision_position_ids = transformers.Qwen2VLModel.get_vision_position_ids
 
     def __init__(self, processor, config, image_size):
         self.processor, self.config, self.side = processor, config, image_size
@@ -271,7 +268,7 @@ class CaptionCollator:
         except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
             print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
 
-    def encode(self, samples, with_answers):
+    def encode(self, samples, with_answers=False):
         """Lay out samples as rows of T tokens, padded on the left; captions of a lost picture are not supervised.
 
         Returns input_ids, mm_token_type_ids (1: image), captions (below 0: padding, 0: prompt, k: caption k), labels
@@ -288,7 +285,7 @@ class CaptionCollator:
             rows.append(row)
             pictures += [picture or Image.new("RGB", (self.side, self.side), "grey") for picture in opened]
             names += sample["pictures"]
-        fields = pad_sequence(rows, batch_first=True, padding_value=-100, padding_side="left")  # (B, T, 3)
+        fields = torch.nn.utils.rnn.pad_sequence(rows, True, -100, "left")  # (B, T, 3)
         input_ids, captions, labels = fields.unbind(-1)  # (B, T) each
         input_ids = input_ids.where(captions >= 0, self.processor.tokenizer.pad_token_id)
         text = {"input_ids": input_ids, "captions": captions, "labels": labels}
@@ -326,10 +323,9 @@ def choose_device():
     if not torch.cuda.is_available():
         print(f"No CUDA card (torch {torch.__version__}, CUDA {torch.version.cuda}): the CPU is for small models only.")
         return PartialState(cpu=True).device, torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return PartialState().device, torch.bfloat16
-    print("This card has no bfloat16 (T4, RTX 20xx): float16 with loss scaling instead, which can overflow.")
-    return PartialState().device, torch.float16
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    print(f"{torch.cuda.get_device_name()}, {half}")  # float16, on a T4 or RTX 20xx, can overflow; its loss is scaled
+    return PartialState().device, half
 
 
 def load_model(dtype):
@@ -363,8 +359,8 @@ def tracking(constants):
                 mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
             if mode == "online":  # a start that hangs would let no other begin
                 requests.head(settings.api_host, timeout=min(10, SWANLAB_TIMEOUT))
-            arguments = run | {"mode": mode, "settings": settings}
-            ThreadPool(1).apply_async(swanlab.init, kwds=arguments).get(SWANLAB_TIMEOUT)
+            run |= {"mode": mode, "settings": settings}
+            ThreadPool(1).apply_async(swanlab.init, kwds=run).get(SWANLAB_TIMEOUT)
             break
         except Exception as problem:
             print(f"SwanLab does not start in mode {mode}: {problem!r}")
@@ -383,34 +379,27 @@ def tracking(constants):
             os._exit(code if isinstance(code, int) else 1)  # its waiting threads would keep the process alive for ever
 
 
-def last_checkpoint():
-    """Return the newest complete checkpoint or None; incomplete ones are named and left out."""
-    complete = {}
-    for folder in Path(OUTPUT_FOLDER).glob("checkpoint-*"):
-        try:  # the Trainer writes this file last
-            state = (folder / "trainer_state.json").read_text(encoding="utf-8")
-            complete[json.loads(state)["global_step"]] = str(folder)
-        except (OSError, ValueError):
-            print(f"{folder} is incomplete (the run was stopped while writing it): left out.")
-    return complete[max(complete)] if complete else None
-
-
 def settle_run():
-    """Describe this run for run.json, and refuse to mix it with another one that OUTPUT_FOLDER holds."""
+    """Describe this run for run.json; refuse to mix it with another one. Returns (run, newest whole checkpoint)."""
     if not Path(DATA_JSON).is_file():
         raise SystemExit(f"{DATA_JSON} is missing: run csv2json.py first, or set DATA_JSON.")
     run = {"constants": {name: value for name, value in globals().items() if name.isupper()}}
     run |= {"versions": {library.__name__: library.__version__ for library in (torch, transformers, peft)}}
-    shaping = "MODEL_FOLDER TEST_IMAGES IMAGE_SIZE MAX_LENGTH LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS"
-    shaping += " BATCH_SIZE GRADIENT_ACCUMULATION EPOCHS LEARNING_RATE WARMUP SEED"
-    run["shape"] = {name: run["constants"][name] for name in shaping.split()}
+    run["shape"] = pandas.Series(run["constants"]).loc["TEST_IMAGES":"SEED"].to_dict()
     run["shape"]["the data"] = hashlib.sha256(Path(DATA_JSON).read_bytes()).hexdigest()
-    folder, path = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "run.json"
+    folder, path = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER, "run.json")
     if any([*folder.glob("checkpoint-*"), *folder.glob("results.json")]):  # something was trained there
         old = json.loads(path.read_text(encoding="utf-8")).get("shape", {}) if path.is_file() else {}
         if changed := [f"{n} was {old.get(n)}, is {now}" for n, now in run["shape"].items() if old.get(n) != now]:
             raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): set OUTPUT_FOLDER to a new folder.")
-    return run
+    complete = {0: None}
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:  # the Trainer writes this file last
+            state = (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
+            complete[json.loads(state)["global_step"]] = str(checkpoint)
+        except (OSError, ValueError):
+            print(f"{checkpoint} is incomplete (the run was stopped while writing it): left out.")
+    return run, complete[max(complete)]
 
 
 class Guard(transformers.TrainerCallback):
@@ -447,7 +436,7 @@ class Guard(transformers.TrainerCallback):
         """Ctrl-C and SIGTERM: in training stop after the step, which is saved; else, and asked twice, at once."""
         if self.stopped_by or not self.training:
             print("\nStopped. Run it again to go on.", flush=True)
-            raise SystemExit(128 + number)
+            os._exit(128 + number)  # an exception gets lost where the signal meets a library's own clean-up
         print("\nStopping at the end of this step, which is saved; once more: at once.", flush=True)
         self.stopped_by = number
 
@@ -455,16 +444,15 @@ class Guard(transformers.TrainerCallback):
         torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        stopped = reduce(torch.tensor(self.stopped_by, device=args.device), "sum").item() > 0  # all at the same step
+        stopped = utils.reduce(torch.tensor(self.stopped_by, device=args.device), "sum").item() > 0  # in any process
         control.should_training_stop |= stopped
+        if stopped and not state.epoch.is_integer():
+            args.eval_strategy = transformers.IntervalStrategy.NO  # half an epoch is not evaluated
         control.should_save |= stopped or state.epoch.is_integer()
         if control.should_save:
             self.check_disk(model, copies=1)
             if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
                 raise SystemExit("The adapter is no longer finite: lower LEARNING_RATE. The last checkpoint is kept.")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_evaluate &= state.epoch.is_integer()  # not where a signal ended it
 
 
 class CaptionTrainer(transformers.Trainer):
@@ -479,23 +467,53 @@ class CaptionTrainer(transformers.Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
+        """Add speed and memory to the Trainer's line, and give SwanLab what makes a curve."""
+        now, step = time.monotonic(), self.state.global_step
+        if "loss" in logs:
+            pace = (now - self.logged[0]) / (step - self.logged[1])  # seconds a step
+            on_card = self.args.device.type == "cuda"
+            memory = torch.cuda.max_memory_allocated() if on_card else psutil.Process().memory_info().rss
+            logs |= {"pictures/s": BATCH_SIZE * GRADIENT_ACCUMULATION / pace, "memory GiB": memory / 2**30}
+            logs["minutes left"] = pace * (self.state.max_steps - step) / 60
+            self.logged = now, step
         super().log(logs, *args, **kwargs)
-        names = [name for name in ("loss", "eval_loss", "learning_rate", "grad_norm") if name in logs]
-        if names and swanlab.has_run():
-            swanlab.log({f"train/{n}".replace("train/eval_", "eval/"): logs[n] for n in names}, self.state.global_step)
+        points = {name: value for name, value in logs.items() if not dull.search(name)}
+        if points and swanlab.has_run():
+            swanlab.log({f"train/{n}".replace("train/eval_", "eval/"): point for n, point in points.items()}, step=step)
+
+    def caption(self, title):
+        """Caption the held-out pictures, their input as in training. Returns a frame: caption, ended (by itself)."""
+        tokenizer, captions = self.data_collator.processor.tokenizer, []
+        end = tokenizer.convert_tokens_to_ids(end_of_turn)
+        limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+        batches = torch.utils.data.DataLoader(self.eval_dataset, EVAL_BATCH_SIZE, collate_fn=self.data_collator.encode)
+        batches = self.accelerator.prepare_data_loader(batches)  # each process gets its share, on its device
+        for batch in tqdm(batches, desc=title, position=0, leave=False, disable=not self.is_world_process_zero()):
+            inputs = {name: value for name, value in batch.items() if name not in ("captions", "labels", "names")}
+            inputs["attention_mask"] = (batch["captions"] >= 0).long()  # (B, T)
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                tokens = self.model.generate(**inputs, **limits, do_sample=False)  # (B, T + new tokens)
+            said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+            texts = [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+            found = [{"caption": text, "ended": end in new} for text, new in zip(texts, said, strict=True)]
+            captions += self.accelerator.gather_for_metrics(found, use_gather_object=True)  # in the table's order
+        return pandas.DataFrame(captions)
 
     def evaluate(self, *args, **kwargs):
-        metrics, table, collator = super().evaluate(*args, **kwargs), self.eval_dataset, self.data_collator
+        metrics, table = super().evaluate(*args, **kwargs), self.eval_dataset
         if not hasattr(self, "before"):  # the base model says the same each time
             with self.model.disable_adapter():
-                self.before = caption_pictures(self.model, collator, table, "Captions before")
-        after = caption_pictures(self.model, collator, table, "Captions now")
+                self.before = self.caption("Captions before")
+        after, decode = self.caption("Captions now"), self.data_collator.processor.batch_decode
+        human = [decode(answers, skip_special_tokens=True) for answers in table["answers"]]
+        scores = {"before": score(self.before, human), "after": score(after, human)}
+        rows = {"pictures": table["pictures"][:], "human": human, "before": self.before.to_dict("records")}
+        rows["after"] = after.to_dict("records")
+        self.results = {"scores": scores, "captions": pandas.DataFrame(rows).to_dict("records")}
+        self.log({f"eval_{name}": value for name, value in scores["after"].items()})
         if self.is_world_process_zero():
-            human = [collator.processor.batch_decode(ids, skip_special_tokens=True) for ids in table["answers"]]
-            scores = {"before": score(self.before, human), "after": score(after, human)}
-            rows = {"pictures": table["pictures"][:], "human": human, "before": self.before, "after": after}
-            self.results = {"scores": scores, "captions": pandas.DataFrame(rows).to_dict("records")}
-            publish(self.results, self.state, collator)
+            publish(self.results, self.state, self.data_collator)
+        self.logged = time.monotonic(), self.state.global_step  # an evaluation's time does not count as training
         return metrics
 
 
@@ -504,12 +522,10 @@ def build_trainer(model, collator, tables, guard):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if GRADIENT_ACCUMULATION % processes:
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
-    on_card, workers = model.device.type == "cuda", DATALOADER_WORKERS
-    if workers == "auto":  # a model on the CPU needs the cores itself; containers often share 64 MB, too little
-        room = on_card and (os.name == "nt" or shutil.disk_usage("/dev/shm").free > 2**28)
-        workers = min(2, max(1, os.cpu_count() // processes - 1)) if room else 0
+    on_card = model.device.type == "cuda"
+    workers = 2 * on_card if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
     options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
-    options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": BATCH_SIZE}
+    options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": EVAL_BATCH_SIZE}
     options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
     options |= {"eval_strategy": "epoch", "eval_on_start": True, "logging_steps": LOG_STEPS, "save_steps": SAVE_STEPS}
     options |= {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16, "use_cpu": not on_card}
@@ -524,40 +540,16 @@ def build_trainer(model, collator, tables, guard):
     return CaptionTrainer(model, arguments, collator, tables["train"], tables["test"], callbacks=[guard])
 
 
-@torch.inference_mode()
-def caption_pictures(model, collator, table, title):
-    """Caption pictures greedily, their input made as in training. Returns [{"caption": str, "ended": by itself}]."""
-    tokenizer = collator.processor.tokenizer
-    end = tokenizer.convert_tokens_to_ids(end_of_turn)
-    limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-    greedy = transformers.GenerationConfig(do_sample=False, **limits)
-    captions = []
-    with PartialState().split_between_processes(table) as share:  # gather_object() puts the shares in order again
-        for start in tqdm(range(0, len(share), EVAL_BATCH_SIZE), desc=title, unit="batch", leave=False):
-            samples = share.select(range(start, min(start + EVAL_BATCH_SIZE, len(share))))
-            batch = collator.encode(samples, with_answers=False)
-            batch |= {"attention_mask": (batch.pop("captions") >= 0).long()}  # (B, T)
-            batch = {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "names")}
-            with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-                output = model.generate(**batch, generation_config=greedy)  # (B, T + new tokens)
-            for tokens in output[:, batch["input_ids"].shape[1] :].tolist():
-                text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                captions.append({"caption": text, "ended": end in tokens})
-    return gather_object(captions)
-
-
-def score(captions, references):
+def score(said, references):
     """Measure how captions agree with what people wrote, by COCO's own classes; each caption gets its "CIDEr", too."""
-    found = {n: [" ".join(word.findall(caption["caption"].lower()))] for n, caption in enumerate(captions)}
+    found = {n: [" ".join(word.findall(text.lower()))] for n, text in enumerate(said["caption"])}
     human = {n: [" ".join(word.findall(text.lower())) for text in texts] for n, texts in enumerate(references)}
     with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its working
-        cider, of_each = Cider().compute_score(human, found)
+        cider, said["CIDEr"] = Cider().compute_score(human, found)
         scores = {"CIDEr": cider, "BLEU-4": Bleu(4).compute_score(human, found)[0][3]}  # of BLEU-1 to BLEU-4
         scores["ROUGE-L"] = Rouge().compute_score(human, found)[0]
-    scores["words a caption"] = sum(len(text.split()) for (text,) in found.values()) / len(captions)
-    scores["ended by itself"] = sum(caption["ended"] for caption in captions) / len(captions)
-    for caption, own in zip(captions, of_each, strict=True):
-        caption["CIDEr"] = float(own)
+    scores["words a caption"] = said["caption"].str.count(word.pattern).mean()
+    scores["ended by itself"] = said["ended"].mean()
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -566,7 +558,7 @@ def draw_row(row, collator):
     said = {part for text in row["human"] for part in word.findall(text.lower())}
     cells = {"held out": "", "people": "<br>".join(map(html.escape, row["human"]))}
     for picture in filter(None, map(collator.open_picture, row["pictures"])):
-        picture.save(jpeg := io.BytesIO(), format="JPEG")
+        picture.resize((280, 280)).save(jpeg := io.BytesIO(), format="JPEG")  # 500 of them are 11 MB of page
         cells["held out"] += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
     for when in ("before", "after"):
         parts = re.split(f"({word.pattern})", row[when]["caption"])
@@ -576,30 +568,37 @@ def draw_row(row, collator):
 
 def publish(results, state, collator):
     """Show the latest evaluation in report.html, in SwanLab and on the terminal."""
-    scores, step = pandas.DataFrame(results["scores"]), state.global_step
-    page = "<!doctype html><meta charset=utf-8><style>* { font-family: sans-serif } b { background: #bfb }"
-    page += " img { width: 200px } td, th { padding: 4px 12px; text-align: left; vertical-align: top }</style>"
-    curves = pandas.DataFrame(state.log_history, columns=["step", "loss", "eval_loss", "learning_rate", "grad_norm"])
-    panels = {"subplots": [("loss", "eval_loss")], "layout": (1, 3), "figsize": (15, 4)}
-    curves.groupby("step").first().interpolate().plot(**panels)
+    rows, scores, step = results["captions"], pandas.DataFrame(results["scores"]), state.global_step
+    panels = [("loss", "eval_loss"), ("eval_CIDEr",), ("eval_BLEU-4", "eval_ROUGE-L"), ("learning_rate",)]
+    panels += [("grad_norm",)]
+    curves = pandas.DataFrame(state.log_history, columns=["step", *sum(panels, ())]).groupby("step").first()
+    axes = curves.interpolate().plot(subplots=panels, layout=(2, 3), figsize=(15, 8), sharex=False)
+    frame = pandas.DataFrame(rows)
+    said = {"people": frame.human.explode(), "before": frame.before.str["caption"], "after": frame.after.str["caption"]}
+    lengths = {who: texts.str.count(word.pattern).value_counts(normalize=True) for who, texts in said.items()}
+    axes[1, 2].set_visible(True)
+    pandas.DataFrame(lengths).plot.bar(ax=axes[1, 2], xlabel="words a caption", ylabel="share of the captions")
     pyplot.savefig(svg := io.StringIO(), format="svg", bbox_inches="tight")
     pyplot.close()
-    look = {"border": 0, "float_format": "{:.3f}".format, "escape": False}
-    page += f"<h1>Step {step}: scores</h1>{scores.to_html(**look)}<svg{svg.getvalue().partition('<svg')[2]}"
-    gallery = pandas.DataFrame([draw_row(row, collator) for row in results["captions"]])
+    look = {"border": 0, "float_format": "{:.3f}".format}
+    page = "<!doctype html><meta charset=utf-8><style>* { font-family: sans-serif } b { background: #bfb }"
+    page += " img { width: 200px } td, th { padding: 4px 12px; text-align: left; vertical-align: top }</style><h1>"
+    page += "CIDEr {:.3f} before, {:.3f} after {} of {} steps".format(*scores.loc["CIDEr"], step, state.max_steps)
+    page += f"</h1>{scores.to_html(**look)}<p>{score_meaning}</p><svg{svg.getvalue().partition('<svg')[2]}"
+    gallery = pandas.DataFrame([draw_row(row, collator) for row in rows])
     best, worst = gallery.nlargest(5, "CIDEr"), gallery.nsmallest(5, "CIDEr")
-    for title, rows in (("Best five", best), ("Worst five", worst), ("All", gallery)):
-        page += f"<h2>{title}</h2>" + rows.to_html(**look, index=False)
-    write_file(Path(OUTPUT_FOLDER) / "report.html", page)
+    for title, part in (("Best five", best), ("Worst five", worst), ("All", gallery)):
+        page += f"<h2>{title}</h2>" + part.to_html(**look, escape=False, index=False)
+    run = json.loads(Path(OUTPUT_FOLDER, "run.json").read_text(encoding="utf-8"))
+    page += "<h2>Facts</h2>" + pandas.DataFrame([run["versions"] | run["constants"]]).T.to_html(border=0, header=False)
+    write_file(report := Path(OUTPUT_FOLDER).absolute() / "report.html", page)
     text = "after:  {after[caption]}\nbefore: {before[caption]}\npeople: {human[0]}"
-    texts = [text.format(**row) for row in results["captions"][:SAMPLES_SHOWN]]
+    texts = [text.format(**row) for row in rows[:SAMPLES_SHOWN]]
     if swanlab.has_run():
-        pictures = [collator.open_picture(row["pictures"][0]) for row in results["captions"][:SAMPLES_SHOWN]]
+        pictures = [collator.open_picture(row["pictures"][0]) for row in rows[:SAMPLES_SHOWN]]
         images = [swanlab.Image(p, caption=t, file_type="jpg") for p, t in zip(pictures, texts, strict=True) if p]
         swanlab.log({"samples": images, "captions": [swanlab.Text(t, caption=t[:50]) for t in texts]}, step=step)
-        swanlab.log({f"scores/{name}": value for name, value in scores["after"].items()}, step=step)  # step 0: before
-    print("", *texts, scores.to_string(float_format="{:.3f}".format), sep="\n")
-    print(f"Step {step}: {len(gallery)} held-out pictures, see {Path(OUTPUT_FOLDER).absolute() / 'report.html'}")
+    print("", *texts, scores.to_string(float_format="{:.3f}".format), f"Step {step}: see {report}", sep="\n")
 
 
 def main():
@@ -611,19 +610,20 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    transformers.ProgressCallback.on_prediction_step = transformers.TrainerCallback.on_prediction_step  # a bar in a bar
     pyplot.switch_backend("agg")  # draws without a screen
     transformers.set_seed(SEED)
     signal.signal(signal.SIGINT, (guard := Guard()).stop)
     signal.signal(signal.SIGTERM, guard.stop)
     device, dtype = choose_device()
     processor, config = load_processor()
-    run, checkpoint = settle_run(), last_checkpoint()
+    run, checkpoint = settle_run()
     if Path(OUTPUT_FOLDER, "results.json").is_file():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
     tables = prepare_tables(processor, resuming=checkpoint)
-    collator, sample, pads = CaptionCollator(processor, config, IMAGE_SIZE), tables["train"][0], (IMAGE_SIZE // 28) ** 2
-    run["prompt"] = processor.decode(sample["prompt"]).replace("<|image_pad|>" * pads, "<|image_pad|>")
+    collator, sample = CaptionCollator(processor, config, IMAGE_SIZE), tables["train"][0]
+    run["prompt"] = re.sub(r"(<\|image_pad\|>)+", r"\1", processor.decode(sample["prompt"]))
     write_file(Path(OUTPUT_FOLDER) / "run.json", run)
     print(f"A sample, [[learned]]:\n{run['prompt']}[[{processor.decode(collator([sample])['shift_labels'])}]]")
     print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
@@ -633,7 +633,7 @@ def main():
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except Exception:  # told here: an open traceback would keep the workers alive, and they this process
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             raise SystemExit("See above. Out of memory: GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")

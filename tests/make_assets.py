@@ -35,10 +35,10 @@ def find_browser() -> str | None:
 
 
 def browse(browser: str, address: str, *options: str) -> str:
-    """Open an address in a headless browser, give its scripts 10 seconds of their own clock; returns what it prints."""
+    """Open an address in a headless browser, give its scripts 30 seconds of their own clock; returns what it prints."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         line = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--lang=en", f"--user-data-dir={profile}"]
-        line += ["--virtual-time-budget=10000", *options, address]
+        line += ["--virtual-time-budget=30000", *options, address]
         if hasattr(os, "geteuid") and os.geteuid() == 0:  # its sandbox refuses to run as root
             line.insert(1, "--no-sandbox")
         return subprocess.run(line, capture_output=True, encoding="utf-8", timeout=120, check=True).stdout

@@ -13,6 +13,7 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 import torch
+import transformers
 from conftest import TESTS, command, run_and_stop, run_script, variables
 from hub import MODEL_ID, Hub
 from PIL import Image
@@ -87,6 +88,9 @@ def test_the_chain_leaves_what_it_promises(undisturbed):
         assert (folder / OUTPUT / name).exists(), name
     assert "24 pictures to train on, 6 held out" in printed and "48 captions, 16 tokens a picture" in printed
     assert "8 steps of 6 pictures" in printed and re.search(r"heaviest pass: [\d.]+ GiB", printed)
+    line = r"'loss': '[\d.]+'.*'learning_rate': '[\d.]+'.*'pictures/s': '[\d.]+'.*'minutes left': '[\d.e-]+'"
+    assert len(re.findall(line, printed)) == 8, "a line a log step"
+    assert printed.count("\x1b[A") == 0, "a bar below another bar moves the cursor up"
     assert printed.count("'eval_loss'") == 3 and "A sample, [[learned]]:" in printed and "<|im_end|>]]" in printed
     assert "Warning" not in printed and "DROPPED" not in printed
     results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
@@ -100,6 +104,10 @@ def test_the_chain_leaves_what_it_promises(undisturbed):
     assert list((folder / "swanlog").glob("run-*")), "the SwanLab run"
 
 
+def last_state(folder: Path) -> dict:
+    return json.loads(read_text(folder / OUTPUT / "checkpoint-8/trainer_state.json"))
+
+
 def test_the_report_shows_it_all_in_one_file(undisturbed):
     """Guards what people look at: pictures, curves and captions in the file itself, and nothing fetched or run."""
     folder, _ = undisturbed
@@ -107,6 +115,15 @@ def test_the_report_shows_it_all_in_one_file(undisturbed):
     results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     assert report.count("data:image/jpeg;base64,") == 6 + 5 + 5 and report.count("<svg") == 1
     assert not re.search(r"""<script|<link|(src|href)=["']?http""", report)
+    drawn = re.findall(r"<!-- (.*?) -->", report)  # matplotlib notes beside the outlines what it wrote
+    for label in ("loss", "eval_loss", "eval_CIDEr", "eval_BLEU-4", "eval_ROUGE-L", "learning_rate", "grad_norm"):
+        assert label in drawn, label
+    assert {"words a caption", "people", "before", "after"} <= set(drawn), "the histogram of caption lengths"
+    assert "CIDEr weighs words" in report, "what the scores mean"
+    for name, value in {"LEARNING_RATE": "0.01", "BATCH_SIZE": "2", "transformers": transformers.__version__}.items():
+        assert re.search(rf"<th>{name}</th>\s*<td>{re.escape(value)}</td>", report), "what made it"
+    steps = [entry for entry in last_state(folder)["log_history"] if "eval_CIDEr" in entry]
+    assert [entry["step"] for entry in steps] == [0, 4], "the last evaluation comes behind the last checkpoint"
     for value in (value for scores in results["scores"].values() for value in scores.values()):
         assert f"{value:.3f}" in report
     for row in results["captions"]:

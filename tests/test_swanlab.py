@@ -250,7 +250,7 @@ def test_what_was_not_uploaded_is_uploaded_by_the_command_it_told(outcomes, name
     sent = " ".join(body for _, body in cloud.received[before:])
     for step in range(1, 5):
         assert f'"key": "train/loss", "index": {step},' in sent
-    assert "scores/CIDEr" in sent and '"samples"' in sent
+    assert "eval/CIDEr" in sent and '"samples"' in sent
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -285,7 +285,7 @@ def test_the_dashboard_shows_curves_and_captions(outcomes):
         pytest.skip("no Chromium or Chrome here")
     with dashboard(done.folder / "swanlog") as address:
         page = browse(browser, address, "--dump-dom")
-    for curve in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "scores/CIDEr"):
+    for curve in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/CIDEr"):
         assert curve in page, curve
     results = json.loads((done.folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     for row in results["captions"]:

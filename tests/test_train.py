@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pandas
 import pytest
 import torch
 import transformers
@@ -439,15 +440,16 @@ def test_constants_as_they_are_are_legal(train):
 
 def test_scores_are_cocos_own(train):
     """Guards the table: hand-counted BLEU-4 and ROUGE-L, and references that are compared picture by picture."""
-    right = [{"caption": "A cat on a mat.", "ended": True}, {"caption": "two dogs in the snow", "ended": False}]
+    right = pandas.DataFrame({"caption": ["A cat on a mat.", "two dogs in the snow"], "ended": [True, False]})
     scores = train.score(right, [["a cat on a mat", "a feline"], ["Two dogs, in the snow!"]])
     assert (scores["BLEU-4"], scores["ROUGE-L"]) == (pytest.approx(1), pytest.approx(1)) and scores["CIDEr"] > 5
-    assert right[0]["CIDEr"] > 5, "each caption has its own"
+    assert right["CIDEr"][0] > 5, "each caption has its own"
     assert (scores["words a caption"], scores["ended by itself"]) == (5, 0.5)
     swapped = train.score(right, [["Two dogs, in the snow!"], ["a cat on a mat"]])
     assert swapped["CIDEr"] < 0.1 and swapped["BLEU-4"] < 0.1
-    chinese = train.score([{"caption": "一只猫", "ended": True}] * 2, [["一只猫"], ["两只狗"]])
+    chinese = train.score(pandas.DataFrame([{"caption": "一只猫", "ended": True}] * 2), [["一只猫"], ["两只狗"]])
     assert 0 < chinese["ROUGE-L"] < 1, "characters count as words, or nothing Chinese would ever agree"
+    assert chinese["words a caption"] == 3
 
 
 def test_workers_can_be_spawned(train, collator, pictures, monkeypatch):
@@ -543,6 +545,32 @@ def test_loss_that_is_not_finite_ends_it_with_the_pictures_named(train, collator
     assert trainer.compute_loss(network, dict(batch)).item() == 2.5
     with pytest.raises(SystemExit, match="The loss is nan in step 7, on .*one.jpg.*two.jpg.*look at these"):
         trainer.compute_loss(network, dict(batch))
+
+
+def test_speed_leaves_evaluations_out(train, monkeypatch):
+    """Guards the promise of "minutes left": the minutes of an evaluation between two lines are no training."""
+    trainer, lines, points = object.__new__(train.CaptionTrainer), [], []
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(transformers.Trainer, "log", lambda self, logs: lines.append(logs))
+    monkeypatch.setattr(train.swanlab, "has_run", lambda: True)
+    monkeypatch.setattr(train.swanlab, "log", lambda numbers, step: points.append((step, sorted(numbers))))
+
+    def log(second: float, step: int, **logs):
+        monkeypatch.setattr(train.time, "monotonic", lambda: second)
+        trainer.state = SimpleNamespace(global_step=step, max_steps=40)
+        trainer.log(logs)
+
+    trainer.logged = (90, 0)  # as an evaluation leaves it
+    log(100, 5, loss=2.0, grad_norm=1.0, epoch=0.5)  # 10 seconds for 5 steps
+    assert lines[-1]["pictures/s"] == train.BATCH_SIZE * train.GRADIENT_ACCUMULATION / 2
+    assert lines[-1]["minutes left"] == 2 * 35 / 60
+    log(110, 10, eval_loss=1.0, eval_runtime=3.0)
+    trainer.logged = (700, 10)  # again
+    log(720, 15, loss=1.0)  # 20 seconds for 5 steps
+    assert lines[-1]["minutes left"] == 4 * 25 / 60
+    log(730, 15, train_runtime=9.0, epoch=2.0)  # nothing of it is a curve, and SwanLab refuses an empty point
+    speed = ["train/memory GiB", "train/pictures/s"]
+    assert points == [(5, ["train/grad_norm", "train/loss", *speed]), (10, ["eval/loss"]), (15, ["train/loss", *speed])]
 
 
 def test_adapter_that_is_not_finite_is_not_saved(guard):
