@@ -22,7 +22,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 
 import requests
@@ -185,11 +185,11 @@ def fetch_images(table: dict, wanted: int) -> list[int]:
 def write_csv(table: dict, chosen: list[int]) -> int:
     """One row a caption; with slashes, on Windows too. Returns their number."""
     folder = Path(os.path.relpath(IMAGE_FOLDER, Path(CSV_PATH).parent)).as_posix()
-    rows = [(f"{folder}/{key}.jpg", caption) for key in chosen for caption in table[key][1][:CAPTIONS_PER_IMAGE]]
+    rows = ((f"{folder}/{key}.jpg", caption) for key in chosen for caption in table[key][1][:CAPTIONS_PER_IMAGE])
     with open(f"{CSV_PATH}.part", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("image_path", "caption"), *rows])
+        csv.writer(file, lineterminator="\n").writerows(chain([("image_path", "caption")], rows))
     os.replace(f"{CSV_PATH}.part", CSV_PATH)
-    return len(rows)
+    return sum(len(table[key][1][:CAPTIONS_PER_IMAGE]) for key in chosen)
 
 
 def write_preview(table: dict, chosen: list[int]) -> None:
