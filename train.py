@@ -40,7 +40,6 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from qwen_vl_utils import process_vision_info
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,11 +47,11 @@ from tqdm import tqdm
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
 ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
-# From here to SEED: what shapes a run, which goes on only with the same values
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
 IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
 MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # any Qwen2-VL folder
+LOAD_IN_4BIT = False  # True: a quarter of the memory for the language model's weights; needs bitsandbytes
 LORA_RANK = 64  # width of the adapter; its size and memory grow with it; 8 to 64 are usual
 LORA_ALPHA = 16  # the adapter's output is scaled by alpha / rank
 LORA_DROPOUT = 0.05  # share of the adapter's inputs dropped while training
@@ -62,8 +61,7 @@ GRADIENT_ACCUMULATION = 4  # ... and double this: passes an optimizer step, whic
 EPOCHS = 2  # times that each training picture is seen
 LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
 WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
-SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
-# Speed and memory
+SEED = 42  # of split, order, first weights and dropout; TEST_IMAGES to SEED shape a run, and stay as they are in it
 GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
 DATALOADER_WORKERS = "auto"  # processes that open pictures, about 180 a second each; 0: none; "auto": 2 for a card
 # Evaluation and saving
@@ -86,7 +84,6 @@ special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat temp
 end_of_turn = "<|im_end|>"  # what it writes behind each turn
 score_meaning = """More is better. CIDEr weighs words that tell pictures apart (compare it between equally many pictures
 only), BLEU-4 counts runs of four words that people wrote, too, ROUGE-L the longest sequence of such words."""
-dull = re.compile("epoch|runtime|per_second|flos|train_loss|minutes")  # is logged, but nobody looks at it as a curve
 word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
 
 
@@ -97,8 +94,8 @@ def check_constants():
     legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
     positive, share = pandas.Interval(0, 10**6, closed="neither"), pandas.Interval(0, 1, closed="left")
     legal |= {"LORA_ALPHA": positive, "LEARNING_RATE": positive, "SWANLAB_TIMEOUT": positive, "LORA_DROPOUT": share}
-    legal |= {"WARMUP": share, "SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled")}
-    legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100))}
+    legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled"), "LOAD_IN_4BIT": (True, False)}
+    legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100)), "WARMUP": share}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
     for name, values in legal.items():
         value = globals()[name]
@@ -107,6 +104,8 @@ def check_constants():
             raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
     if not isinstance(IMAGE_FOLDERS, list) or {*map(type, IMAGE_FOLDERS)} != {str}:
         raise SystemExit(f"IMAGE_FOLDERS = {IMAGE_FOLDERS!r} at the top of train.py: it must be a list of texts.")
+    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
+        raise SystemExit("LOAD_IN_4BIT = True needs bitsandbytes: pip install bitsandbytes, or set it to False.")
 
 
 def load_processor():
@@ -328,12 +327,16 @@ def choose_device():
     return PartialState().device, half
 
 
-def load_model(dtype):
+def load_model(device, dtype):
     """Load the base model and put a LoRA adapter beside each of LORA_TARGETS; only the adapter is trained."""
     try:
-        options = {"dtype": dtype, "use_safetensors": True}  # a checkpoint in pickles is not read
+        options = {"dtype": dtype, "use_safetensors": True, "device_map": device}  # a checkpoint in pickles is not read
+        if LOAD_IN_4BIT:
+            four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            four_bits["llm_int8_skip_modules"] = ["model.visual", "lm_head"]  # the frozen eyes stay as they are
+            options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
         model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:
         raise SystemExit(f"{MODEL_FOLDER} doesn't load; load_model.py, run again, mends it: {error}") from None
     layers = {n.rpartition(".")[2] for n, m in model.model.language_model.named_modules() if hasattr(m, "in_features")}
     if unknown := sorted(set(LORA_TARGETS) - layers):
@@ -414,15 +417,12 @@ class Guard(transformers.TrainerCallback):
         print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} parameters are trained")
         print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures; at step {state.global_step}")
         longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
-        batch, start = train_dataloader.collate_fn(table.select(longest)), time.monotonic()
+        batch = train_dataloader.collate_fn(table.select(longest))
         inputs = {name: tensor.to(args.device) for name, tensor in batch.items() if name != "names"}
         model.train()(**inputs).loss.backward()
         model.zero_grad()
-        torch.get_device_module(args.device).synchronize()
-        seconds = (time.monotonic() - start) * args.gradient_accumulation_steps * (state.max_steps - state.global_step)
-        peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else psutil.Process().memory_info().rss
-        needed = f"{(peak + 8 * trainable) / 2**30:.2f} GiB"  # Adam's two numbers are still to come
-        print(f"Tried the heaviest pass: {needed}, and {seconds // 60 + 1:.0f} minutes for all of them")
+        peak = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss  # of the card, if any
+        print(f"Tried the heaviest pass: {(peak + 8 * trainable) / 2**30:.2f} GiB, with the two numbers of Adam")
         self.training = True
         signal.signal(signal.SIGINT, self.stop)  # again: SwanLab has set its own
         signal.signal(signal.SIGTERM, self.stop)
@@ -467,19 +467,19 @@ class CaptionTrainer(transformers.Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Add speed and memory to the Trainer's line, and give SwanLab what makes a curve."""
+        """Add speed and memory to the Trainer's line; give SwanLab all but what nobody looks at as a curve."""
         now, step = time.monotonic(), self.state.global_step
         if "loss" in logs:
             pace = (now - self.logged[0]) / (step - self.logged[1])  # seconds a step
-            on_card = self.args.device.type == "cuda"
-            memory = torch.cuda.max_memory_allocated() if on_card else psutil.Process().memory_info().rss
+            memory = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss  # of the card, if any
             logs |= {"pictures/s": BATCH_SIZE * GRADIENT_ACCUMULATION / pace, "memory GiB": memory / 2**30}
             logs["minutes left"] = pace * (self.state.max_steps - step) / 60
             self.logged = now, step
         super().log(logs, *args, **kwargs)
-        points = {name: value for name, value in logs.items() if not dull.search(name)}
+        dull = "epoch|runtime|per_second|flos|train_loss|minutes"
+        points = {f"train/{n}".replace("train/eval_", "eval/"): v for n, v in logs.items() if not re.search(dull, n)}
         if points and swanlab.has_run():
-            swanlab.log({f"train/{n}".replace("train/eval_", "eval/"): point for n, point in points.items()}, step=step)
+            swanlab.log(points, step=step)
 
     def caption(self, title):
         """Caption the held-out pictures, their input as in training. Returns a frame: caption, ended (by itself)."""
@@ -519,8 +519,7 @@ class CaptionTrainer(transformers.Trainer):
 
 def build_trainer(model, collator, tables, guard):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if GRADIENT_ACCUMULATION % processes:
+    if GRADIENT_ACCUMULATION % (processes := int(os.environ.get("WORLD_SIZE", 1))):
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
     on_card = model.device.type == "cuda"
     workers = 2 * on_card if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
@@ -549,8 +548,7 @@ def score(said, references):
         scores = {"CIDEr": cider, "BLEU-4": Bleu(4).compute_score(human, found)[0][3]}  # of BLEU-1 to BLEU-4
         scores["ROUGE-L"] = Rouge().compute_score(human, found)[0]
     scores["words a caption"] = said["caption"].str.count(word.pattern).mean()
-    scores["ended by itself"] = said["ended"].mean()
-    return {name: float(value) for name, value in scores.items()}
+    return scores | {"ended by itself": said["ended"].mean()}
 
 
 def draw_row(row, collator):
@@ -627,7 +625,7 @@ def main():
     write_file(Path(OUTPUT_FOLDER) / "run.json", run)
     print(f"A sample, [[learned]]:\n{run['prompt']}[[{processor.decode(collator([sample])['shift_labels'])}]]")
     print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
-    model = load_model(dtype).to(device)
+    model = load_model(device, dtype)
     trainer = build_trainer(model, collator, tables, guard)
     with tracking(run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
         try:
@@ -638,12 +636,14 @@ def main():
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP each process holds a part
         if trainer.is_world_process_zero():
-            model.save_pretrained(unfinished := f"{OUTPUT_FOLDER}/adapter.tmp")
+            model.save_pretrained(unfinished := f"{OUTPUT_FOLDER}/adapter.tmp", state_dict=weights)
             processor.save_pretrained(unfinished)
             shutil.copytree(unfinished, OUTPUT_FOLDER, dirs_exist_ok=True, copy_function=os.replace)
             shutil.rmtree(unfinished)
             write_file(f"{OUTPUT_FOLDER}/results.json", trainer.results)  # last: with it the run counts as finished
+        PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
 
 
 if __name__ == "__main__":

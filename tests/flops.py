@@ -65,7 +65,7 @@ def count_flops(train, variant, captions, checkpointing):
         config.save_pretrained(folder)
         with patch.object(train, "MODEL_FOLDER", folder):
             own = variant == "train.py"
-            model = train.load_model(torch.bfloat16) if own else documented_model(folder, torch.bfloat16)
+            model = train.load_model("cpu", torch.bfloat16) if own else documented_model(folder, torch.bfloat16)
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable()  # as the Trainer does

@@ -22,7 +22,7 @@ def test_the_documented_recipe_learns_the_same_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DATA_JSON", str(tmp_path / "data_1.json"))
     processor, config = train.load_processor()
     torch.manual_seed(0)
-    model = train.load_model(torch.float32).eval()
+    model = train.load_model("cpu", torch.float32).eval()
     documented = [recipes.documented_sample(record, processor) for record in records]
     documented = recipes.DocumentedCollator(processor.tokenizer, padding=True)(documented)
 

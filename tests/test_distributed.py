@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import command, variables
+from conftest import TESTS, command, variables
+from safetensors.torch import load_file
 from test_chain import SMALL, another, prepared, read_text, same_adapter, served  # noqa: F401, two of them are fixtures
 
 SHARED = {**SMALL, "GRADIENT_ACCUMULATION": 4, "LORA_DROPOUT": 0.0}  # 6 steps; dropout is drawn in each process anew
@@ -23,6 +24,11 @@ MINUTE = 60  # seconds in which a run must be over when one of its processes is 
 def several(processes: int, *more: str) -> list[str]:
     """What stands between python and the script to run it in several processes: torchrun, on a port of its own."""
     return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *(more or ("--standalone",))]
+
+
+def accelerated(processes: int, *more: str) -> list[str]:
+    """The same for accelerate, which starts them by torchrun's own code."""
+    return ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--main_process_port=0", *more]
 
 
 def start(folder: Path, hub, launcher: list[str], name: str, **constants) -> subprocess.Popen:
@@ -101,11 +107,15 @@ def alone(prepared, served, tmp_path_factory):  # noqa: F811
     return folder
 
 
-@pytest.mark.parametrize(("processes", "checkpointing"), [(2, False), (4, True)])
-def test_several_processes_learn_what_one_learns(alone, served, processes, checkpointing):  # noqa: F811
-    """Guards torchrun: other losses, captions out of order or lost, data read and files written by every process."""
-    before, name = recordings(alone), f"{processes} {checkpointing}"
-    printed = finish(alone, served, several(processes), name, GRADIENT_CHECKPOINTING=checkpointing)
+@pytest.mark.parametrize(
+    ("launcher", "processes", "checkpointing"),
+    [(several(2), 2, False), (several(4), 4, True), (accelerated(2, "--multi_gpu"), 2, False)],
+    ids=["torchrun 2", "torchrun 4", "accelerate 2"],
+)
+def test_several_processes_learn_what_one_learns(alone, served, launcher, processes, checkpointing):  # noqa: F811
+    """Guards launchers: other losses, captions out of order or lost, data read and files written by every process."""
+    before, name = recordings(alone), f"{launcher[1]} {processes}"
+    printed = finish(alone, served, launcher, name, GRADIENT_CHECKPOINTING=checkpointing)
     assert len(losses(alone, "one")) == STEPS and losses(alone, name) == pytest.approx(losses(alone, "one"), abs=1e-3)
     assert captions(alone, name) == captions(alone, "one")
     with_ranks = {f"rng_state_{rank}.pth" for rank in range(processes)} | {"rng_state.pth"}
@@ -165,3 +175,22 @@ def test_two_machines_learn_what_one_learns(alone, served):  # noqa: F811
     assert [end(run, seconds=200) for run in runs] == [0, 0], read_text(alone / "machines.log")
     assert losses(alone, "machines") == pytest.approx(losses(alone, "one"), abs=1e-3)
     assert captions(alone, "machines") == captions(alone, "one")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone, served):  # noqa: F811
+    """Guards FSDP by accelerate's options alone: 4 processes have no equal shares of 6 captions, and end at odds."""
+    options = ("--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP")
+    two, four = (accelerated(processes, *options, str(TESTS / "sharded.py")) for processes in (2, 4))
+    run = start(alone, served, two, "sharded")
+    wait_for('"trial_params"', alone / "sharded/checkpoint-2/trainer_state.json", run)  # its last line
+    workers_of(run)[1].kill()
+    assert end(run, MINUTE) != 0 and not (alone / "sharded/results.json").exists()
+    assert read_text(alone / "sharded.log").count("holds 0.50 of the model") == 2
+    printed = finish(alone, served, four, "sharded", EVAL_BATCH_SIZE=1)
+    assert 2 <= int(re.search(r"6 steps of 8 pictures; at step (\d)", printed)[1]) < STEPS and "Checking" not in printed
+    assert printed.count("holds 0.25 of the model") == 4
+    assert losses(alone, "sharded") == pytest.approx(losses(alone, "one"), abs=1e-3)
+    assert captions(alone, "sharded") == captions(alone, "one")
+    ours, theirs = (load_file(alone / name / "adapter_model.safetensors") for name in ("sharded", "one"))
+    assert ours.keys() == theirs.keys() and all(ours[key].allclose(theirs[key], atol=1e-3) for key in ours)

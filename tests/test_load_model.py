@@ -756,7 +756,7 @@ def test_memory_against_a_pass_of_train_py(script, monkeypatch, checkpointing):
         script.training_memory(base, *run) * 2**30 for run in ((0, False), (2, False), (2, checkpointing))
     )
     monkeypatch.setattr(train.transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: base)
-    model, kept = train.load_model(torch.bfloat16).train(), {}
+    model, kept = train.load_model("cpu", torch.bfloat16).train(), {}
     if checkpointing:
         model.activation_checkpointing_enable()  # as the Trainer does
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

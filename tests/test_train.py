@@ -49,7 +49,7 @@ def collator(train):
 @pytest.fixture(scope="module")
 def model(train):
     torch.manual_seed(0)
-    model = train.load_model(torch.float32)
+    model = train.load_model("cpu", torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide what the adapter's other half gets
             torch.nn.init.normal_(parameter, std=0.02)
@@ -433,6 +433,16 @@ def test_impossible_constants_are_named(train, monkeypatch, name, value):
         train.check_constants()
 
 
+def test_4_bits_without_bitsandbytes_are_told(train, monkeypatch):
+    """Guards the first minute of who tries it: the package is optional, and nothing else names it."""
+    monkeypatch.setattr(train, "LOAD_IN_4BIT", True)
+    monkeypatch.setattr(train.transformers.utils, "is_bitsandbytes_available", lambda: True)
+    train.check_constants()
+    monkeypatch.setattr(train.transformers.utils, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(SystemExit, match="LOAD_IN_4BIT = True needs bitsandbytes: pip install bitsandbytes"):
+        train.check_constants()
+
+
 def test_constants_as_they_are_are_legal(train):
     """Guards the check itself."""
     train.check_constants()
@@ -479,7 +489,7 @@ class Matmuls(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_matrix_product_in_float32_under_autocast(train, collator, pictures):
     """Guards the speed: LoRA's weights are float32, and without autocast every product with them would be too."""
-    model = train.load_model(torch.bfloat16)
+    model = train.load_model("cpu", torch.bfloat16)
     assert {p.dtype for name, p in model.named_parameters() if "lora" in name} == {torch.float32}
     batch = model_input(collator(samples(train, collator, about("one.jpg", "a red star"), about("one.jpg", "star"))))
     with Matmuls() as products, torch.autocast("cpu", dtype=torch.bfloat16):

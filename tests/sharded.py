@@ -1,0 +1,34 @@
+"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sharded as on cards.
+
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 tests/sharded.py tests/launch.py train.py ...
+
+Each process tells how much of the model it holds.
+"""
+
+import runpy
+import sys
+
+from accelerate import accelerator, state
+from torch.distributed.tensor import DTensor
+
+begin, prepare = state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model
+
+
+def begin_as_on_cards(self, *args, **kwargs):
+    """AcceleratorState makes FSDP of MULTI_GPU, but not of MULTI_CPU."""
+    if state.PartialState(cpu=True).distributed_type == state.DistributedType.MULTI_CPU:
+        state.PartialState().distributed_type = state.DistributedType.MULTI_GPU
+    begin(self, *args, **kwargs)
+
+
+def prepare_and_tell(*args):
+    model = prepare(*args)
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    print(f"holds {held / sum(p.numel() for p in model.parameters()):.2f} of the model", file=sys.stderr, flush=True)
+    return model
+
+
+if __name__ == "__main__":
+    state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model = begin_as_on_cards, prepare_and_tell
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
