@@ -3,8 +3,7 @@
 Reads   data_vl.json (csv2json.py) with the pictures it names, and Qwen/Qwen2-VL-2B-Instruct/ (load_model.py)
 Writes  output/Qwen2-VL-2B/: report.html (open it with a double click, from the first minutes on), the adapter with its
         processor, checkpoints, run.json (what made it), results.json (scores, captions before and after); swanlog/
-Run     python train.py, or on several cards: torchrun --nproc_per_node=2 train.py
-        Stopped halfway, by Ctrl-C or worse, run it again: it goes on from the last complete checkpoint.
+Run     python train.py, on several cards torchrun --nproc_per_node=2 train.py; stopped halfway, run again: it goes on
 Takes   minutes for 500 pictures, 6 GB of a small card or 10 of a large one; the heaviest pass is measured first
 """
 
@@ -35,11 +34,11 @@ import torch
 import transformers
 from accelerate import PartialState, utils
 from matplotlib import pyplot
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils import process_vision_info, smart_resize
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +47,8 @@ DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it count
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
 ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
 TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
-IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100
+IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100; None: its own
+MAX_PIXELS = 400 * 28 * 28  # with IMAGE_SIZE = None: a larger picture is made smaller, its proportions stay
 MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
 MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # any Qwen2-VL folder
 LOAD_IN_4BIT = False  # True: a quarter of the memory for the language model's weights; needs bitsandbytes
@@ -82,8 +82,6 @@ EpsImagePlugin.gs_binary = False  # a PostScript file that is named .jpg must no
 picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat template may write
 end_of_turn = "<|im_end|>"  # what it writes behind each turn
-score_meaning = """More is better. CIDEr weighs words that tell pictures apart (compare it between equally many pictures
-only), BLEU-4 counts runs of four words that people wrote, too, ROUGE-L the longest sequence of such words."""
 word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
 
 
@@ -91,21 +89,21 @@ def check_constants():
     """Refuse an impossible constant by its name, before anything is read."""
     counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
     counts += " EPOCHS SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
-    legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32), "IMAGE_SIZE": range(56, 9999, 28)}
+    legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32)}
+    legal |= {"IMAGE_SIZE": (None, *range(56, 3585, 28)), "MAX_PIXELS": range(56**2, 3584**2 + 1)}
     positive, share = pandas.Interval(0, 10**6, closed="neither"), pandas.Interval(0, 1, closed="left")
     legal |= {"LORA_ALPHA": positive, "LEARNING_RATE": positive, "SWANLAB_TIMEOUT": positive, "LORA_DROPOUT": share}
     legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled"), "LOAD_IN_4BIT": (True, False)}
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100)), "WARMUP": share}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
     for name, values in legal.items():
-        value = globals()[name]
-        is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(values, pandas.Interval))
-        if not (is_number or isinstance(values, tuple)) or value not in values:
+        kinds = (int, float) if isinstance(values, pandas.Interval) else int if isinstance(values, range) else object
+        if not isinstance(value := globals()[name], kinds) or value not in values:
             raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
     if not isinstance(IMAGE_FOLDERS, list) or {*map(type, IMAGE_FOLDERS)} != {str}:
         raise SystemExit(f"IMAGE_FOLDERS = {IMAGE_FOLDERS!r} at the top of train.py: it must be a list of texts.")
     if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
-        raise SystemExit("LOAD_IN_4BIT = True needs bitsandbytes: pip install bitsandbytes, or set it to False.")
+        raise SystemExit("LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to False.")
 
 
 def load_processor():
@@ -120,15 +118,18 @@ def load_processor():
 
 @functools.cache  # five captions of a picture cost one look
 def locate_picture(name, home):
-    """Return the absolute path of a picture that is named relative to home; ValueError if it can't be used."""
+    """Return (absolute path, height, width as the model sees it) of a picture that is named relative to home."""
     path = Path(os.path.abspath(Path(home, name.replace("\\", "/"))))  # home falls away in front of an absolute name
     if not any(path.is_relative_to(os.path.abspath(Path(home, folder))) for folder in IMAGE_FOLDERS):
         raise ValueError(f"the picture {name} lies outside of IMAGE_FOLDERS: add its folder there, if it is yours")
     try:
-        Image.open(path if path.is_file() else "").close()  # its head; csv2json.py decodes all
+        with Image.open(path if path.is_file() else "") as picture:  # its head; csv2json.py decodes all
+            sideways = not IMAGE_SIZE and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            height, width = picture.size if sideways else picture.size[::-1]
+        height, width = [IMAGE_SIZE] * 2 if IMAGE_SIZE else smart_resize(height, width, 28, max_pixels=MAX_PIXELS)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture {name} can't be opened: {error}") from None
-    return str(path)
+    return str(path), height, width
 
 
 @functools.lru_cache(maxsize=1000)  # nearly all records ask the same
@@ -141,10 +142,7 @@ def encode_prompts(processor, questions):
 
 
 def parse_record(record, processor):
-    """Turn one record into what the model reads, in the order written; ValueError tells why it can't be trained on.
-
-    Returns pictures, "asked" (texts before the last answer), token ids "prompt" [prompt, answer, ..., prompt], "answer"
-    """
+    """Return pictures, texts "asked", token ids "prompt" [prompt, answer, ..., prompt] and "answer"; or ValueError."""
     try:
         roles = [turn["from"] for turn in record["conversations"]]
         texts = [turn["value"] for turn in record["conversations"]]
@@ -158,8 +156,8 @@ def parse_record(record, processor):
     if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts[1::2])) or not names:
         raise ValueError("its turns are not from user, assistant, ..., an answer is empty, or it names no picture")
     pictures = [locate_picture(name, os.path.realpath(os.path.dirname(DATA_JSON))) for name in names]
-    seen = "<|vision_start|>" + "<|image_pad|>" * (IMAGE_SIZE // 28) ** 2 + "<|vision_end|>"
-    prompts = encode_prompts(processor, tuple(picture_marker.sub(seen, question) for question in texts[::2]))
+    seen = [f"<|vision_start|>{'<|image_pad|>' * (h * w // 28**2)}<|vision_end|>" for _, h, w in pictures]
+    prompts = encode_prompts(processor, tuple(picture_marker.sub(lambda _: seen.pop(0), ask) for ask in texts[::2]))
     encode = processor.tokenizer.backend_tokenizer.encode  # answers are many: without the tokenizer's own overhead
     answers = [encode(text + end_of_turn, add_special_tokens=False).ids for text in texts[1::2]]
     *prompt, answer = (ids for turn in zip(prompts, answers, strict=True) for ids in turn)
@@ -192,14 +190,14 @@ def read_conversations(processor):
 def split_by_picture(conversations):
     """Hold out the TEST_IMAGES pictures of smallest hash, the same on every run, with everything said about them."""
     home = os.path.realpath(os.path.dirname(DATA_JSON))  # not part of the hash: the same split in another folder
-    names = {path: path.removeprefix(home).replace(os.sep, "/") for c in conversations for path in c["pictures"]}
-    order = sorted(names, key=lambda path: hashlib.sha256(f"{SEED}:{names[path]}".encode()).digest())
+    names = {p: p[0].removeprefix(home).replace(os.sep, "/") for c in conversations for p in c["pictures"]}
+    order = sorted(names, key=lambda picture: hashlib.sha256(f"{SEED}:{names[picture]}".encode()).digest())
     held_out, test, train, size = set(order[:TEST_IMAGES]), [], conversations, 0
     while size < len(held_out):  # a conversation about several pictures takes all of them along
         size = len(held_out)
         test += [conversation for conversation in train if not held_out.isdisjoint(conversation["pictures"])]
         train = [conversation for conversation in train if held_out.isdisjoint(conversation["pictures"])]
-        held_out.update(path for conversation in test for path in conversation["pictures"])
+        held_out.update(picture for conversation in test for picture in conversation["pictures"])
     if not train:
         raise SystemExit(f"TEST_IMAGES = {TEST_IMAGES} of {len(names)} pictures leaves none to train on: lower it.")
     return train, test
@@ -209,10 +207,10 @@ def share_prompts(conversations, most_tokens):
     """Gather the captions of a prompt, up to most_tokens together: a row of the table is what CaptionCollator reads."""
     samples, latest = [], {}
     for conversation in conversations:
-        pieces, answer, key = conversation["prompt"], conversation["answer"], conversation["asked"]
+        pictures, key, pieces, answer = conversation.values()
         if key not in latest or latest[key]["tokens"] + len(answer) > most_tokens:
             labels = [piece if number % 2 else [-100] * len(piece) for number, piece in enumerate(pieces)]
-            latest[key] = {"pictures": conversation["pictures"], "answers": []}
+            latest[key] = {"pictures": [p[0] for p in pictures], "sizes": [p[1:] for p in pictures], "answers": []}
             latest[key] |= {"prompt": sum(pieces, []), "labels": sum(labels, []), "tokens": sum(map(len, pieces))}
             samples.append(latest[key])
         latest[key]["answers"].append(answer)
@@ -255,17 +253,18 @@ class CaptionCollator:
     get_rope_index = transformers.Qwen2VLModel.get_rope_index
     get_vision_position_ids = transformers.Qwen2VLModel.get_vision_position_ids
 
-    def __init__(self, processor, config, image_size):
-        self.processor, self.config, self.side = processor, config, image_size
+    def __init__(self, processor, config):
+        self.processor, self.config = processor, config
 
-    def open_picture(self, name):
-        """Open a picture upright, as RGB, resized here and nowhere else; None, and said so, where that fails."""
+    def open_picture(self, name, size):
+        """Open a picture upright, as RGB, resized here and nowhere else; a lost one comes grey, as L, and is told."""
         try:
-            size = {"resized_height": self.side, "resized_width": self.side}
-            picture = {"image": ImageOps.exif_transpose(Image.open(name)), **size}
+            upright = ImageOps.exif_transpose(Image.open(name))
+            picture = {"image": upright, "resized_height": size[0], "resized_width": size[1]}
             return process_vision_info([{"content": [picture]}])[0][0]
         except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
             print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
+            return Image.new("L", (size[1], size[0]), "grey")
 
     def encode(self, samples, with_answers=False):
         """Lay out samples as rows of T tokens, padded on the left; captions of a lost picture are not supervised.
@@ -279,10 +278,10 @@ class CaptionCollator:
             for caption, answer in enumerate(sample["answers"] if with_answers else [], start=1):
                 row += [(newline[0], caption, -100), *((token, caption, token) for token in answer)]
             row = torch.tensor(row if with_answers else [*row, newline])  # (tokens, 3)
-            opened = [self.open_picture(name) for name in sample["pictures"]]
-            row[:, 2] = row[:, 2].where(torch.tensor(None not in opened), -100)  # a lost one teaches nothing
+            opened = list(map(self.open_picture, sample["pictures"], sample["sizes"]))
+            row[:, 2] = row[:, 2].where(torch.tensor(all(p.mode == "RGB" for p in opened)), -100)  # lost: no lesson
             rows.append(row)
-            pictures += [picture or Image.new("RGB", (self.side, self.side), "grey") for picture in opened]
+            pictures += opened
             names += sample["pictures"]
         fields = torch.nn.utils.rnn.pad_sequence(rows, True, -100, "left")  # (B, T, 3)
         input_ids, captions, labels = fields.unbind(-1)  # (B, T) each
@@ -333,7 +332,7 @@ def load_model(device, dtype):
         options = {"dtype": dtype, "use_safetensors": True, "device_map": device}  # a checkpoint in pickles is not read
         if LOAD_IN_4BIT:
             four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-            four_bits["llm_int8_skip_modules"] = ["model.visual", "lm_head"]  # the frozen eyes stay as they are
+            four_bits |= {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["model.visual", "lm_head"]}
             options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
         model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
     except Exception as error:
@@ -414,7 +413,8 @@ class Guard(transformers.TrainerCallback):
         self.check_disk(model, copies=KEEP_CHECKPOINTS + 1)
         table, tokens = train_dataloader.dataset, train_dataloader.dataset["tokens"][:]
         trainable, captions = model.get_nb_trainable_parameters()[0], sum(map(len, table["answers"]))
-        print(f"{captions} captions, {(IMAGE_SIZE // 28) ** 2} tokens a picture; {trainable:,} parameters are trained")
+        pads = max(height * width for sizes in table["sizes"] for height, width in sizes) // 28**2
+        print(f"{captions} captions, {pads} tokens a picture at most; {trainable:,} parameters are trained")
         print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures; at step {state.global_step}")
         longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
         batch = train_dataloader.collate_fn(table.select(longest))
@@ -462,8 +462,8 @@ class CaptionTrainer(transformers.Trainer):
         names = inputs.pop("names")
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training and not loss.isfinite():
-            where = f"The loss is {loss} in step {self.state.global_step + 1}, on {', '.join(names)}"
-            raise SystemExit(f"{where}: look at these, or lower LEARNING_RATE. The last checkpoint is kept.")
+            step = f"The loss is {loss} in step {self.state.global_step + 1}, on"
+            raise SystemExit(f"{step} {', '.join(names)}: look at these, or lower LEARNING_RATE. Checkpoints are kept.")
         return loss
 
     def log(self, logs, *args, **kwargs):
@@ -507,8 +507,8 @@ class CaptionTrainer(transformers.Trainer):
         after, decode = self.caption("Captions now"), self.data_collator.processor.batch_decode
         human = [decode(answers, skip_special_tokens=True) for answers in table["answers"]]
         scores = {"before": score(self.before, human), "after": score(after, human)}
-        rows = {"pictures": table["pictures"][:], "human": human, "before": self.before.to_dict("records")}
-        rows["after"] = after.to_dict("records")
+        rows = table.select_columns(["pictures", "sizes"]).to_dict() | {"human": human}
+        rows |= {"before": self.before.to_dict("records"), "after": after.to_dict("records")}
         self.results = {"scores": scores, "captions": pandas.DataFrame(rows).to_dict("records")}
         self.log({f"eval_{name}": value for name, value in scores["after"].items()})
         if self.is_world_process_zero():
@@ -555,8 +555,8 @@ def draw_row(row, collator):
     """Return a row of the gallery, its cells in HTML, the words marked that people used, too."""
     said = {part for text in row["human"] for part in word.findall(text.lower())}
     cells = {"held out": "", "people": "<br>".join(map(html.escape, row["human"]))}
-    for picture in filter(None, map(collator.open_picture, row["pictures"])):
-        picture.resize((280, 280)).save(jpeg := io.BytesIO(), format="JPEG")  # 500 of them are 11 MB of page
+    for picture in map(collator.open_picture, row["pictures"], row["sizes"]):
+        ImageOps.contain(picture, (280, 280)).save(jpeg := io.BytesIO(), format="JPEG")  # 500 of them are 11 MB of page
         cells["held out"] += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
     for when in ("before", "after"):
         parts = re.split(f"({word.pattern})", row[when]["caption"])
@@ -566,12 +566,11 @@ def draw_row(row, collator):
 
 def publish(results, state, collator):
     """Show the latest evaluation in report.html, in SwanLab and on the terminal."""
-    rows, scores, step = results["captions"], pandas.DataFrame(results["scores"]), state.global_step
+    frame, scores, step = pandas.DataFrame(results["captions"]), pandas.DataFrame(results["scores"]), state.global_step
     panels = [("loss", "eval_loss"), ("eval_CIDEr",), ("eval_BLEU-4", "eval_ROUGE-L"), ("learning_rate",)]
     panels += [("grad_norm",)]
     curves = pandas.DataFrame(state.log_history, columns=["step", *sum(panels, ())]).groupby("step").first()
     axes = curves.interpolate().plot(subplots=panels, layout=(2, 3), figsize=(15, 8), sharex=False)
-    frame = pandas.DataFrame(rows)
     said = {"people": frame.human.explode(), "before": frame.before.str["caption"], "after": frame.after.str["caption"]}
     lengths = {who: texts.str.count(word.pattern).value_counts(normalize=True) for who, texts in said.items()}
     axes[1, 2].set_visible(True)
@@ -582,8 +581,9 @@ def publish(results, state, collator):
     page = "<!doctype html><meta charset=utf-8><style>* { font-family: sans-serif } b { background: #bfb }"
     page += " img { width: 200px } td, th { padding: 4px 12px; text-align: left; vertical-align: top }</style><h1>"
     page += "CIDEr {:.3f} before, {:.3f} after {} of {} steps".format(*scores.loc["CIDEr"], step, state.max_steps)
-    page += f"</h1>{scores.to_html(**look)}<p>{score_meaning}</p><svg{svg.getvalue().partition('<svg')[2]}"
-    gallery = pandas.DataFrame([draw_row(row, collator) for row in rows])
+    page += f"</h1>{scores.to_html(**look)}<p>In common with people: CIDEr words that tell pictures apart,"
+    page += f" BLEU-4 runs of four words, ROUGE-L the longest row of them.<p><svg{svg.getvalue().partition('<svg')[2]}"
+    gallery = pandas.DataFrame([draw_row(row, collator) for row in results["captions"]])
     best, worst = gallery.nlargest(5, "CIDEr"), gallery.nsmallest(5, "CIDEr")
     for title, part in (("Best five", best), ("Worst five", worst), ("All", gallery)):
         page += f"<h2>{title}</h2>" + part.to_html(**look, escape=False, index=False)
@@ -591,10 +591,10 @@ def publish(results, state, collator):
     page += "<h2>Facts</h2>" + pandas.DataFrame([run["versions"] | run["constants"]]).T.to_html(border=0, header=False)
     write_file(report := Path(OUTPUT_FOLDER).absolute() / "report.html", page)
     text = "after:  {after[caption]}\nbefore: {before[caption]}\npeople: {human[0]}"
-    texts = [text.format(**row) for row in rows[:SAMPLES_SHOWN]]
+    texts = [text.format(**row) for row in results["captions"][:SAMPLES_SHOWN]]
     if swanlab.has_run():
-        pictures = [collator.open_picture(row["pictures"][0]) for row in rows[:SAMPLES_SHOWN]]
-        images = [swanlab.Image(p, caption=t, file_type="jpg") for p, t in zip(pictures, texts, strict=True) if p]
+        pictures = map(collator.open_picture, frame.pictures.str[0], frame.sizes.str[0])
+        images = [swanlab.Image(p, caption=t, file_type="jpg") for t, p in zip(texts, pictures, strict=False)]
         swanlab.log({"samples": images, "captions": [swanlab.Text(t, caption=t[:50]) for t in texts]}, step=step)
     print("", *texts, scores.to_string(float_format="{:.3f}".format), f"Step {step}: see {report}", sep="\n")
 
@@ -620,7 +620,7 @@ def main():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
         return
     tables = prepare_tables(processor, resuming=checkpoint)
-    collator, sample = CaptionCollator(processor, config, IMAGE_SIZE), tables["train"][0]
+    collator, sample = CaptionCollator(processor, config), tables["train"][0]
     run["prompt"] = re.sub(r"(<\|image_pad\|>)+", r"\1", processor.decode(sample["prompt"]))
     write_file(Path(OUTPUT_FOLDER) / "run.json", run)
     print(f"A sample, [[learned]]:\n{run['prompt']}[[{processor.decode(collator([sample])['shift_labels'])}]]")

@@ -37,7 +37,7 @@ import torch
 import transformers
 from flops import REAL_SHAPE, flops_table, on_off
 from launch import load
-from recipes import SIDE, dtype, on_card, run_documented, run_trl
+from recipes import dtype, on_card, run_documented, run_trl
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration
@@ -176,7 +176,7 @@ def weigh_loader(samples, folder):
     train.split_by_picture = lambda conversations: (conversations, conversations[:1])  # none is held out
     table = train.prepare_tables(processor, resuming=None)["train"]
     workers = {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True}
-    loader = DataLoader(table, 4, shuffle=True, collate_fn=train.CaptionCollator(processor, config, SIDE), **workers)
+    loader = DataLoader(table, 4, shuffle=True, collate_fn=train.CaptionCollator(processor, config), **workers)
     peak = 0
     for _ in islice(chain.from_iterable(repeat(loader)), LOADER_BATCHES):
         children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]

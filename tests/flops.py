@@ -41,7 +41,7 @@ def real_batch(train, variant, captions):
         types = nothing.index_fill(1, torch.arange(15, 15 + images), 1)
         labels = nothing.masked_fill((kinds == 0) | first, -100)
         encoded = batch | {"captions": kinds, "mm_token_type_ids": types, "labels": labels}
-        collator = train.CaptionCollator(None, transformers.Qwen2VLConfig(**REAL_SHAPE), SIDE)
+        collator = train.CaptionCollator(None, transformers.Qwen2VLConfig(**REAL_SHAPE))
         with patch.object(collator, "encode", return_value=encoded):
             batch = collator([])
     batch = {"position_ids": nothing.expand(3, -1, -1)} | batch

@@ -28,7 +28,7 @@ def test_the_documented_recipe_learns_the_same_captions(tmp_path, monkeypatch):
 
     def own():
         samples = train.share_prompts([train.parse_record(record, processor) for record in records], train.MAX_LENGTH)
-        batch = train.CaptionCollator(processor, config, recipes.SIDE)(samples)
+        batch = train.CaptionCollator(processor, config)(samples)
         return {name: tensor for name, tensor in batch.items() if name != "names"}
 
     with torch.no_grad():

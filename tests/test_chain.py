@@ -307,22 +307,40 @@ def test_the_base_model_in_4_bits_learns_as_well(undisturbed, served, tmp_path):
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("part", [0, 1], ids=["Chinese", "English"])
-def test_readme_captions_a_picture(undisturbed, served, part):
-    """Guards the first thing a user does afterwards: README's code gives what the evaluation gave, merged or not."""
-    folder, _ = undisturbed
+def follow_readme(part: int, folder: Path, hub: Hub) -> tuple[list[str], str]:
+    """Run README's code in a folder after train.py: what it says of a held-out picture, and what train.py said."""
     readme = (TESTS.parent / "README.md").read_text(encoding="utf-8").split("\n# English\n")[part]
     code = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
     row = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))["captions"][0]
     assert code.count('"coco_2014_caption/9.jpg"') == 1 and "merged" in code
-    code = code.replace('"coco_2014_caption/9.jpg"', repr(row["pictures"][0])).replace(
-        "128", str(SMALL["MAX_NEW_TOKENS"])
-    )
-    environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
+    code = code.replace('"coco_2014_caption/9.jpg"', repr(row["pictures"][0]))
+    code = code.replace("128", str(SMALL["MAX_NEW_TOKENS"]))
+    environment = variables({"OMP_NUM_THREADS": "1", **hub.environment()})
     options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 200}
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
-    assert [line.strip() for line in done.stdout.splitlines()] == [row["after"]["caption"]] * 2
+    return [line.strip() for line in done.stdout.splitlines()], row["after"]["caption"]
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["Chinese", "English"])
+def test_readme_captions_a_picture(undisturbed, served, part):
+    """Guards the first thing a user does afterwards: README's code gives what the evaluation gave, merged or not."""
+    said, caption = follow_readme(part, undisturbed[0], served)
+    assert said == [caption] * 2
+
+
+def test_pictures_keep_their_size(undisturbed, served, tmp_path):
+    """Guards IMAGE_SIZE = None from the JSON to README's code: one size in training and another one afterwards."""
+    folder = another(undisturbed[0], tmp_path)
+    for number, path in enumerate(sorted((folder / "coco_2014_caption").glob("[0-9]*.jpg"))):
+        with Image.open(path) as image:
+            image.resize((224, 100 + 28 * (number % 5))).save(path)
+    done = train(folder, served, IMAGE_SIZE=None, MAX_PIXELS=50 * 28 * 28, DATALOADER_WORKERS=2, EPOCHS=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "48 captions, 50 tokens a picture at most" in done.stdout or "48 captions, 48 tokens" in done.stdout
+    assert "DROPPED" not in done.stderr
+    said, caption = follow_readme(1, folder, served)
+    assert said == [caption] * 2
 
 
 def test_readme_names_what_exists():

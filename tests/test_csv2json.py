@@ -438,7 +438,7 @@ def converted(tmp_path_factory):
 def training():
     """train.py as a module, with the small model's processor: its own way to open a picture."""
     train = launch.load("train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"])
-    return train, train.CaptionCollator(*train.load_processor(), SIDE)
+    return train, train.CaptionCollator(*train.load_processor())
 
 
 @pytest.mark.parametrize("name", [name for name, (_, reason) in KINDS.items() if reason])
@@ -458,7 +458,8 @@ def test_pictures_that_are_accepted_are_opened_by_the_training(converted, traini
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     record = dict(zip(paths(records), records, strict=True))[name]
     parsed = train.parse_record(record, collator.processor)
-    opened = collator.open_picture(parsed["pictures"][0])
+    [(path, *size)] = parsed["pictures"]
+    opened = collator.open_picture(path, size)
     assert opened.mode == "RGB" and opened.size == (SIDE, SIDE)
     light, dark = (sum(opened.getpixel((x, SIDE // 4))) for x in (SIDE // 8, SIDE * 7 // 8))
     assert light > dark + 30, (light, dark)
@@ -489,7 +490,7 @@ def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path
     [record] = convert(folder, CSV_PATH="mine/table.csv", JSON_PATH="out/data.json")
     monkeypatch.setattr(train, "DATA_JSON", str(folder / "out/data.json"))
     monkeypatch.setattr(train, "IMAGE_FOLDERS", [str(folder), str(tmp_path)])
-    [found] = train.parse_record(record, collator.processor)["pictures"]
+    [(found, *_)] = train.parse_record(record, collator.processor)["pictures"]
     expected = folder / "mine" / ("sub/b.jpg" if "b.jpg" in name else "../outside.jpg" if "outs" in name else "a.jpg")
     assert os.path.samefile(found, expected)
 

@@ -109,7 +109,7 @@ def training(request, folder):
     train.DATA_JSON = str(folder / "data.json")
     processor, config = train.load_processor()
     processor = processor if request.param == "small vocabulary" else real_processor(processor)
-    return train, train.CaptionCollator(processor, config, SIDE)
+    return train, train.CaptionCollator(processor, config)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 from conftest import TESTS
+from PIL import Image
 from scenes import all_scenes, draw
 
 MODEL = TESTS / "tiny_qwen2vl"
@@ -43,7 +44,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def collator(train):
-    return train.CaptionCollator(*train.load_processor(), SIDE)
+    return train.CaptionCollator(*train.load_processor())
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +135,9 @@ def test_who_sees_whom(train, collator, pictures):
     assert batch["position_ids"][:, 0, first].tolist() == batch["position_ids"][:, 0, second].tolist()
 
 
-def plain_loss(model, collator, pictures: list[str], prompt: str, answer: str, count: int) -> torch.Tensor:
+def plain_loss(model, collator, sample: dict, prompt: str, answer: str, count: int) -> torch.Tensor:
     """The loss of one caption as any textbook computes it: the processor's own batch, labels on the answer alone."""
-    images = [collator.open_picture(name) for name in pictures]
+    images = list(map(collator.open_picture, sample["pictures"], sample["sizes"]))
     whole = collator.processor(text=[prompt + answer], images=images, do_resize=False, return_tensors="pt")
     asked = collator.processor(text=[prompt], images=images, do_resize=False, return_tensors="pt")
     labels = whole["input_ids"].clone()
@@ -148,9 +149,7 @@ def plain_losses(model, collator, sample: dict, count: int) -> torch.Tensor:
     """The sum over the captions of a sample whose prompt has no answer in it."""
     decode = collator.processor.tokenizer.decode
     prompt = re.sub(r"(<\|image_pad\|>)+", r"\1", decode(sample["prompt"]))
-    return sum(
-        plain_loss(model, collator, sample["pictures"], prompt, decode(answer), count) for answer in sample["answers"]
-    )
+    return sum(plain_loss(model, collator, sample, prompt, decode(answer), count) for answer in sample["answers"])
 
 
 @contextlib.contextmanager
@@ -195,7 +194,7 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
     picture = f"{PROMPT}<|vision_start|><|image_pad|><|vision_end|>What is it?{ANSWER}"
     more = f"{picture}a circle{END}\n<|im_start|>user\nAnd the colour?{ANSWER}"
     for prompt, answer in ((picture, f"a circle{END}"), (more, f"pink{END}")):
-        plain = plain + plain_loss(model, collator, data[2]["pictures"], prompt, answer, count)
+        plain = plain + plain_loss(model, collator, data[2], prompt, answer, count)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     plain.backward()
     separate = gradients(model)
@@ -206,6 +205,58 @@ def test_loss_and_gradients_equal_the_plain_forward(train, collator, model, pict
     assert abs(model(**{**batch, "attention_mask": causal}, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
     late = {**batch, "logits_to_keep": batch["logits_to_keep"].roll(1, 1)}
     assert abs(model(**late, num_items_in_batch=count).loss.item() - loss.item()) > 1e-3
+
+
+@pytest.fixture
+def native(train, monkeypatch):
+    """IMAGE_SIZE = None; what was looked up before is forgotten, and so is what is looked up here."""
+    monkeypatch.setattr(train, "IMAGE_SIZE", None)
+    train.locate_picture.cache_clear()
+    yield
+    train.locate_picture.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "expected"),
+    [
+        ((640, 480), 1, (476, 644)),
+        ((640, 480), 6, (644, 476)),  # as a telephone held upright writes it
+        ((480, 640), 3, (644, 476)),
+        ((4000, 3000), 1, (476, 644)),  # within MAX_PIXELS
+        ((20, 30), 1, (84, 56)),
+    ],
+)
+def test_native_sizes_are_those_of_the_upright_picture(train, collator, pictures, native, size, orientation, expected):
+    """Guards "Image features and image tokens do not match": tokens are counted from the head, pixels come later."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise(size, 40).convert("RGB").save(pictures / "photo.jpg", exif=exif)
+    path, *found = train.locate_picture("photo.jpg", str(pictures))
+    assert tuple(found) == expected and found[0] * found[1] <= train.MAX_PIXELS
+    assert collator.open_picture(path, found).size == expected[::-1]
+
+
+def test_pictures_of_many_sizes_share_a_batch(train, collator, model, pictures, native, monkeypatch):
+    """Guards native sizes: a picture's tokens in another's place, or a lost one with other tokens than it had."""
+    monkeypatch.setattr(train, "MAX_PIXELS", 12 * 28 * 28)
+    Image.effect_noise((300, 90), 40).convert("RGB").save(pictures / "wide.jpg")
+    ask = "<|vision_start|>wide.jpg<|vision_end|> or <|vision_start|>one.jpg<|vision_end|>?"
+    data = samples(train, collator, about("wide.jpg", "noise"), about("one.jpg", "a star"), record(ask, "both"))
+    assert data[0]["sizes"] != data[1]["sizes"] and data[2]["sizes"] == [*data[0]["sizes"], *data[1]["sizes"]]
+    batch = collator(data)
+    tokens = (batch["input_ids"] == collator.processor.image_token_id).sum(1).tolist()
+    assert tokens == [sum(h * w // 784 for h, w in sample["sizes"]) for sample in data] and len(set(tokens)) == 3
+    count = batch["shift_labels"].numel()
+    loss = model(**model_input(batch), num_items_in_batch=count, use_cache=False).loss
+    plain = sum(plain_losses(model, collator, sample, count) for sample in data)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    (pictures / "wide.jpg").write_bytes(b"")
+    lost = collator(data)
+    assert torch.equal(lost["input_ids"], batch["input_ids"]) and torch.equal(
+        lost["image_grid_thw"], batch["image_grid_thw"]
+    )
+    assert lost["pixel_values"].shape == batch["pixel_values"].shape
+    assert [bool((labels >= 0).any()) for labels in lost["labels"]] == [False, True, False]
 
 
 def test_checkpointing_changes_memory_only(train, collator, model, pictures, monkeypatch):
@@ -252,7 +303,7 @@ def test_real_vocabulary_gives_the_golden_ids(train, collator, pictures, monkeyp
     own = collator.processor
     real = Qwen2VLProcessor(own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template)
     monkeypatch.setattr(train, "IMAGE_SIZE", 280)
-    real = train.CaptionCollator(real, collator.config, 280)
+    real = train.CaptionCollator(real, collator.config)
     batch = real(samples(train, real, record("<|vision_start|>one.jpg<|vision_end|>COCO Yes:", "A cat on a mat.")))
     ids = batch["input_ids"][0].tolist()
     assert ids.count(151655) == 100 and batch["pixel_values"].shape == (400, 1176)
@@ -374,7 +425,7 @@ def test_every_way_to_name_a_picture(train, pictures, name, monkeypatch, tmp_pat
     shutil.copy(pictures / "one.jpg", elsewhere)
     monkeypatch.setattr(train, "IMAGE_FOLDERS", [".", str(elsewhere)])
     name = {"ABSOLUTE": str(pictures / "one.jpg"), "ELSEWHERE": str(elsewhere / "one.jpg")}.get(name, name)
-    assert Path(train.locate_picture(name, str(pictures))).is_file()
+    assert Path(train.locate_picture(name, str(pictures))[0]).is_file()
 
 
 def test_captions_come_back_as_supervised_text(train, collator, pictures):
@@ -386,7 +437,7 @@ def test_captions_come_back_as_supervised_text(train, collator, pictures):
 
 def conversations(*groups: str) -> list[dict]:
     """One conversation about each group of pictures; a letter is a picture."""
-    return [{"pictures": [f"/photos/{name}" for name in group], "answer": group} for group in groups]
+    return [{"pictures": [(f"/photos/{name}", 28, 28) for name in group], "answer": group} for group in groups]
 
 
 def test_no_picture_is_on_both_sides(train, monkeypatch):
@@ -439,7 +490,7 @@ def test_4_bits_without_bitsandbytes_are_told(train, monkeypatch):
     monkeypatch.setattr(train.transformers.utils, "is_bitsandbytes_available", lambda: True)
     train.check_constants()
     monkeypatch.setattr(train.transformers.utils, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(SystemExit, match="LOAD_IN_4BIT = True needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(SystemExit, match="LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes"):
         train.check_constants()
 
 
