@@ -120,7 +120,7 @@ def test_the_report_shows_it_all_in_one_file(undisturbed):
     for label in ("loss", "eval_loss", "eval_CIDEr", "eval_BLEU-4", "eval_ROUGE-L", "learning_rate", "grad_norm"):
         assert label in drawn, label
     assert {"words a caption", "people", "before", "after"} <= set(drawn), "the histogram of caption lengths"
-    assert "CIDEr weighs words" in report, "what the scores mean"
+    assert "CIDEr words that tell pictures apart" in report, "what the scores mean"
     for name, value in {"LEARNING_RATE": "0.01", "BATCH_SIZE": "2", "transformers": transformers.__version__}.items():
         assert re.search(rf"<th>{name}</th>\s*<td>{re.escape(value)}</td>", report), "what made it"
     steps = [entry for entry in last_state(folder)["log_history"] if "eval_CIDEr" in entry]
