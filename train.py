@@ -42,7 +42,7 @@ from qwen_vl_utils import process_vision_info, smart_resize
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Data, model and optimisation; a run that was stopped goes on only where TEST_IMAGES to SEED are what they were
 DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
 IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
 ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
@@ -61,11 +61,11 @@ GRADIENT_ACCUMULATION = 4  # ... and double this: passes an optimizer step, whic
 EPOCHS = 2  # times that each training picture is seen
 LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
 WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
-SEED = 42  # of split, order, first weights and dropout; TEST_IMAGES to SEED shape a run, and stay as they are in it
+SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
 GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
 DATALOADER_WORKERS = "auto"  # processes that open pictures, about 180 a second each; 0: none; "auto": 2 for a card
 # Evaluation and saving
-EVAL_BATCH_SIZE = 8  # pictures captioned at once
+EVAL_BATCH_SIZE = 8  # held-out pictures at a time
 MAX_NEW_TOKENS = 128  # a caption that doesn't end by itself is cut here
 SAMPLES_SHOWN = 5  # held-out pictures followed from evaluation to evaluation, on the terminal and in SwanLab
 LOG_STEPS = 5  # optimizer steps between two points of the curves
@@ -97,7 +97,7 @@ def check_constants():
     legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100)), "WARMUP": share}
     legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
     for name, values in legal.items():
-        kinds = (int, float) if isinstance(values, pandas.Interval) else int if isinstance(values, range) else object
+        kinds = (int, float) if isinstance(values, pandas.Interval) else (int, str, type(None))
         if not isinstance(value := globals()[name], kinds) or value not in values:
             raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
     if not isinstance(IMAGE_FOLDERS, list) or {*map(type, IMAGE_FOLDERS)} != {str}:
@@ -317,13 +317,14 @@ class CaptionCollator:
 
 
 def choose_device():
-    """Return (device, dtype of the base model) and say why; the adapter itself is float32 in any case."""
+    """Return (device, dtype) to load the base model with, and say why; the adapter itself is float32 in any case."""
     if not torch.cuda.is_available():
         print(f"No CUDA card (torch {torch.__version__}, CUDA {torch.version.cuda}): the CPU is for small models only.")
         return PartialState(cpu=True).device, torch.float32
     half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     print(f"{torch.cuda.get_device_name()}, {half}")  # float16, on a T4 or RTX 20xx, can overflow; its loss is scaled
-    return PartialState().device, half
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then no card has to hold the whole model
+    return "cpu" if sharded else PartialState().device, half
 
 
 def load_model(device, dtype):
@@ -336,7 +337,7 @@ def load_model(device, dtype):
             options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
         model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
     except Exception as error:
-        raise SystemExit(f"{MODEL_FOLDER} doesn't load; load_model.py, run again, mends it: {error}") from None
+        raise SystemExit(f"{MODEL_FOLDER} doesn't load: {error}. Damaged? load_model.py run again mends it.") from None
     layers = {n.rpartition(".")[2] for n, m in model.model.language_model.named_modules() if hasattr(m, "in_features")}
     if unknown := sorted(set(LORA_TARGETS) - layers):
         raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
@@ -491,7 +492,7 @@ class CaptionTrainer(transformers.Trainer):
         for batch in tqdm(batches, desc=title, position=0, leave=False, disable=not self.is_world_process_zero()):
             inputs = {name: value for name, value in batch.items() if name not in ("captions", "labels", "names")}
             inputs["attention_mask"] = (batch["captions"] >= 0).long()  # (B, T)
-            with torch.inference_mode(), self.compute_loss_context_manager():
+            with torch.inference_mode(), self.accelerator.autocast():
                 tokens = self.model.generate(**inputs, **limits, do_sample=False)  # (B, T + new tokens)
             said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             texts = [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
@@ -521,16 +522,15 @@ def build_trainer(model, collator, tables, guard):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
     if GRADIENT_ACCUMULATION % (processes := int(os.environ.get("WORLD_SIZE", 1))):
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
-    on_card = model.device.type == "cuda"
-    workers = 2 * on_card if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
+    workers = 2 * (on_card := torch.cuda.is_available()) if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
     options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
     options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": EVAL_BATCH_SIZE}
     options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
     options |= {"eval_strategy": "epoch", "eval_on_start": True, "logging_steps": LOG_STEPS, "save_steps": SAVE_STEPS}
     options |= {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16, "use_cpu": not on_card}
-    small = on_card and torch.cuda.get_device_properties(model.device).total_memory < 12e9
+    small = on_card and torch.cuda.get_device_properties(PartialState().device).total_memory < 12e9
     options |= {"activation_checkpointing": small if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING}
-    options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "disable_tqdm": False}
     options |= {"dataloader_pin_memory": on_card, "remove_unused_columns": False}  # the collator wants samples whole
     # a PeftModel hides the labels' name; logits exist only where there is a label, so batches of them don't stack
     options |= {"label_names": ["labels"], "prediction_loss_only": True, "save_total_limit": KEEP_CHECKPOINTS}
@@ -596,7 +596,7 @@ def publish(results, state, collator):
         pictures = map(collator.open_picture, frame.pictures.str[0], frame.sizes.str[0])
         images = [swanlab.Image(p, caption=t, file_type="jpg") for t, p in zip(texts, pictures, strict=False)]
         swanlab.log({"samples": images, "captions": [swanlab.Text(t, caption=t[:50]) for t in texts]}, step=step)
-    print("", *texts, scores.to_string(float_format="{:.3f}".format), f"Step {step}: see {report}", sep="\n")
+    tqdm.write("\n".join(["", *texts, scores.to_string(float_format="{:.3f}".format), f"Step {step}: see {report}"]))
 
 
 def main():
@@ -632,18 +632,18 @@ def main():
             trainer.train(resume_from_checkpoint=checkpoint)
         except Exception:  # told here: an open traceback would keep the workers alive, and they this process
             sys.excepthook(*sys.exc_info())
-            raise SystemExit("See above. Out of memory: GRADIENT_CHECKPOINTING = True, or halve BATCH_SIZE.") from None
+            raise SystemExit("See above. No memory: GRADIENT_CHECKPOINTING = True, or half (EVAL_)BATCH_SIZE") from None
+        guard.training, weights = False, trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP: of all
+        PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
         if trainer.state.global_step < trainer.state.max_steps:
             print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
             raise SystemExit(128 + guard.stopped_by)
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # with FSDP each process holds a part
         if trainer.is_world_process_zero():
             model.save_pretrained(unfinished := f"{OUTPUT_FOLDER}/adapter.tmp", state_dict=weights)
             processor.save_pretrained(unfinished)
             shutil.copytree(unfinished, OUTPUT_FOLDER, dirs_exist_ok=True, copy_function=os.replace)
             shutil.rmtree(unfinished)
             write_file(f"{OUTPUT_FOLDER}/results.json", trainer.results)  # last: with it the run counts as finished
-        PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
 
 
 if __name__ == "__main__":

@@ -283,14 +283,12 @@ def test_weights_that_broke_are_told_in_a_sentence(undisturbed, served, tmp_path
     weights = folder / "Qwen/Qwen2-VL-2B-Instruct/model-00001-of-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     done = train(folder, served)
-    assert (
-        done.returncode == 1 and "Traceback" not in done.stderr and "load_model.py, run again, mends it" in done.stderr
-    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "load_model.py run again mends it" in done.stderr
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes, which is optional, is not here")
 def test_the_base_model_in_4_bits_learns_as_well(undisturbed, served, tmp_path):
-    """Guards LOAD_IN_4BIT: vision left as it is, an adapter for the whole model, a resume; bitsandbytes is real."""
+    """Guards LOAD_IN_4BIT: vision left as it is, an adapter that fits the whole model; bitsandbytes is real."""
     folder = another(undisturbed[0], tmp_path)
     environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
     python, *script = command("train.py", **{**SMALL, "LOAD_IN_4BIT": True})

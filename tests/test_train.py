@@ -467,6 +467,9 @@ def test_no_picture_is_on_both_sides(train, monkeypatch):
             ("BATCH_SIZE", 2.0),
             ("IMAGE_SIZE", 0),
             ("IMAGE_SIZE", 300),
+            ("IMAGE_SIZE", 280.0),
+            ("MAX_PIXELS", 0),
+            ("LOAD_IN_4BIT", "yes"),
         ],
         *[("TEST_IMAGES", 0), ("WARMUP", 1.5), ("LORA_DROPOUT", None), ("LEARNING_RATE", float("nan")), ("SEED", -1)],
         *[
