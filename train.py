@@ -323,8 +323,7 @@ def choose_device():
         return PartialState(cpu=True).device, torch.float32
     half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     print(f"{torch.cuda.get_device_name()}, {half}")  # float16, on a T4 or RTX 20xx, can overflow; its loss is scaled
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # then no card has to hold the whole model
-    return "cpu" if sharded else PartialState().device, half
+    return "cpu" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else PartialState().device, half  # FSDP shares it out
 
 
 def load_model(device, dtype):
@@ -522,7 +521,8 @@ def build_trainer(model, collator, tables, guard):
     """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
     if GRADIENT_ACCUMULATION % (processes := int(os.environ.get("WORLD_SIZE", 1))):
         raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
-    workers = 2 * (on_card := torch.cuda.is_available()) if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
+    on_card = torch.cuda.is_available()
+    workers = 2 * on_card if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
     options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
     options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": EVAL_BATCH_SIZE}
     options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
