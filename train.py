@@ -323,7 +323,7 @@ def choose_device():
         return PartialState(cpu=True).device, torch.float32
     half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     print(f"{torch.cuda.get_device_name()}, {half}")  # float16, on a T4 or RTX 20xx, can overflow; its loss is scaled
-    return "cpu" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else PartialState().device, half  # FSDP shares it out
+    return "cpu" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else PartialState().device, half  # shared out later
 
 
 def load_model(device, dtype):
