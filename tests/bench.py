@@ -144,6 +144,7 @@ def run_train_py(run, folder):
     def build_without_captions(*args):
         trainer = build_trainer(*args)
         trainer.args.eval_on_start = False
+        trainer.logged = (time.monotonic(), 0)  # what an evaluation leaves: training's time counts from there
         return trainer
 
     train.build_trainer = build_without_captions

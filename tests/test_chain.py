@@ -91,6 +91,7 @@ def test_the_chain_leaves_what_it_promises(undisturbed):
     assert "8 steps of 6 pictures" in printed and re.search(r"heaviest pass: [\d.]+ GiB", printed)
     line = r"'loss': '[\d.]+'.*'learning_rate': '[\d.]+'.*'pictures/s': '[\d.]+'.*'minutes left': '[\d.e-]+'"
     assert len(re.findall(line, printed)) == 8, "a line a log step"
+    assert "| 8/8 [" in printed and "Captions now: " in printed, "a bar for the training, and one for the captions"
     assert printed.count("\x1b[A") == 0, "a bar below another bar moves the cursor up"
     assert printed.count("'eval_loss'") == 3 and "A sample, [[learned]]:" in printed and "<|im_end|>]]" in printed
     assert "Warning" not in printed and "DROPPED" not in printed
