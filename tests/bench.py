@@ -6,8 +6,8 @@
 
 Prints Markdown tables, every row measured in this run: each variant in a process and a folder of its own, one after the
 other, ROUNDS times over; a row is the median of its rounds. Pictures are drawn by scenes.py, the tokenizer is that of
-tests/tiny_qwen2vl. train.py runs as it is, from main(); only the captions before its first step, which the others don't
-write, are left out.
+support/tiny_qwen2vl. train.py runs as it is, from main(); only the captions before its first step, which the others
+don't write, are left out.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from unittest.mock import patch
 
 import datasets
 import psutil
-import scenes
 import torch
 import transformers
-from flops import REAL_SHAPE, flops_table, on_off
-from launch import load
-from recipes import dtype, on_card, run_documented, run_trl
+from support import scenes
+from support.launch import load
+from tools.flops import REAL_SHAPE, flops_table, on_off
+from tools.recipes import dtype, on_card, run_documented, run_trl
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration
 
 # ---------------------------------------------------------------------------------------------------------------------
-TINY = Path(__file__).resolve().parent / "tiny_qwen2vl"
+TINY = Path(__file__).resolve().parent / "support/tiny_qwen2vl"
 FILE_SIDE = 480  # pixels of the pictures' files, about as COCO's; the model sees them at recipes.SIDE
 ROUNDS, STEPS = 3, 3  # a process does one optimizer step to warm up and STEPS that are timed
 PICTURES = 200  # that are trained on while the time to the first step is taken

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import Hub
 from PIL import Image
+from support.hub import Hub
 
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds a script may take in a test
@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds a script may take in a test
 def command(script: str, **constants) -> list[str]:
     """The command line that runs `script` with these constants."""
     values = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in constants.items()]
-    return [sys.executable, str(TESTS / "launch.py"), script, *values]
+    return [sys.executable, str(TESTS / "support/launch.py"), script, *values]
 
 
 def variables(env: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@
                                            where it used to say "The image shows a large red star in the middle of ..."
     python tests/demo.py --data FOLDER     your own photos: FOLDER/captions.csv with the columns image_path,caption
 
-It starts the stand-in hub of tests/hub.py with the pictures and tests/tiny_qwen2vl, runs data2csv.py, csv2json.py,
+It starts the stand-in hub of support/hub.py with the pictures and support/tiny_qwen2vl, runs data2csv.py, csv2json.py,
 load_model.py and train.py in a new temporary folder, with the constants below set from outside and their code
 unmodified, and ends with the scores before | after and the gallery's path. About 2 minutes on 2 cores.
 The small model knows scenes only: with --data the way is the same as with the real model, the captions make no sense.
@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hub import MODEL_ID, Hub
-from scenes import all_scenes, write_folder
+from support.hub import MODEL_ID, Hub
+from support.scenes import all_scenes, write_folder
 
 TESTS = Path(__file__).resolve().parent
 SCENES = 280  # pictures, each of another combination: what is held out shows scenes that are never trained on
@@ -46,7 +46,7 @@ def run_scripts(folder: Path, hub: Hub, constants: dict[str, dict]) -> None:
     for script, values in constants.items():
         settings = [f"{name}={json.dumps(value)}" for name, value in values.items()]
         print(f"\n===== {script} {' '.join(settings)}", flush=True)
-        command = [sys.executable, str(TESTS / "launch.py"), script, *settings]
+        command = [sys.executable, str(TESTS / "support/launch.py"), script, *settings]
         if code := subprocess.run(command, cwd=folder, env=environment).returncode:
             raise SystemExit(f"{script} failed with exit code {code}; its files are in {folder}")
 
@@ -59,7 +59,7 @@ def exactly_right(results: dict, when: str) -> float:
 
 def rehearse(pictures: Path, folder: Path, constants: dict[str, dict]) -> dict:
     """Run everything on the pictures of a folder. Returns what train.py wrote to results.json."""
-    with Hub(pictures, {MODEL_ID: TESTS / "tiny_qwen2vl"}) as hub:
+    with Hub(pictures, {MODEL_ID: TESTS / "support/tiny_qwen2vl"}) as hub:
         constants["data2csv.py"] |= hub.constants("data2csv.py")
         run_scripts(folder, hub, constants)
         if hub.refusals():

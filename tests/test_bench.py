@@ -6,11 +6,10 @@ import subprocess
 import sys
 
 import bench
-import flops
 import pytest
-import recipes
 import torch
-from launch import load
+from support.launch import load
+from tools import flops, recipes
 
 
 def test_the_documented_recipe_learns_the_same_captions(tmp_path, monkeypatch):

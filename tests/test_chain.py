@@ -16,10 +16,10 @@ import pytest
 import torch
 import transformers
 from conftest import TESTS, command, run_and_stop, run_script, variables
-from hub import MODEL_ID, Hub
 from PIL import Image
 from safetensors.torch import load_file
-from scenes import all_scenes, write_folder
+from support.hub import MODEL_ID, Hub
+from support.scenes import all_scenes, write_folder
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 SCRIPTS = ("data2csv.py", "csv2json.py", "load_model.py")
@@ -42,7 +42,7 @@ def served(tmp_path_factory):
     """A hub with 30 scenes of 2 captions each and the small model."""
     pictures = tmp_path_factory.mktemp("pictures")
     write_folder(pictures, random.Random(3).sample(all_scenes(), 30), captions_per_image=2)
-    with Hub(pictures, {MODEL_ID: TESTS / "tiny_qwen2vl"}) as hub:
+    with Hub(pictures, {MODEL_ID: TESTS / "support/tiny_qwen2vl"}) as hub:
         yield hub
         assert hub.refusals() == [], "a script tried to leave this machine"
 
@@ -293,7 +293,7 @@ def test_the_base_model_in_4_bits_learns_as_well(undisturbed, served, tmp_path):
     folder = another(undisturbed[0], tmp_path)
     environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
     python, *script = command("train.py", **{**SMALL, "LOAD_IN_4BIT": True})
-    line = [python, str(TESTS / "on_a_plain_cpu.py"), *script]
+    line = [python, str(TESTS / "support/on_a_plain_cpu.py"), *script]
     options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 200}
     done = subprocess.run(line, **options)
     assert done.returncode == 0, done.stdout + done.stderr

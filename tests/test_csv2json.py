@@ -13,10 +13,10 @@ import time
 import zlib
 from pathlib import Path
 
-import launch
 import pytest
 from conftest import TESTS, command, run_and_stop, run_script, variables
 from PIL import Image
+from support import launch
 
 AWKWARD = [
     'A sign says "STOP", and a man\'s dog, it seems, stops.',
@@ -32,7 +32,7 @@ AWKWARD = [
 ]
 
 
-GUARD = {"PYTHONPATH": str(TESTS / "guard")}
+GUARD = {"PYTHONPATH": str(TESTS / "support/guard")}
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Path:
@@ -437,7 +437,9 @@ def converted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def training():
     """train.py as a module, with the small model's processor: its own way to open a picture."""
-    train = launch.load("train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"])
+    train = launch.load(
+        "train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"]
+    )
     return train, train.CaptionCollator(*train.load_processor())
 
 

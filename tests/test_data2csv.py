@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CAPTIONS, command, read_csv, run_script, variables, write_pictures
-from hub import ANNOTATIONS, OLD_TABLE, TABLE_FOLDER, Hub, cut_short, html, status
+from support.hub import ANNOTATIONS, OLD_TABLE, TABLE_FOLDER, Hub, cut_short, html, status
 
 TABLE = f"{TABLE_FOLDER}/train2014.csv.zip"
 FIRST_HOST = f"{TABLE_FOLDER}/train2014/"  # the pictures where the table says they are

@@ -11,10 +11,11 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
-import launch
 import pytest
 from conftest import command, run_and_stop, run_script, variables, write_pictures
-from hub import (
+from PIL import Image
+from support import launch
+from support.hub import (
     ANNOTATIONS,
     OLD_TABLE,
     Hub,
@@ -28,9 +29,8 @@ from hub import (
     status,
     wrong_length,
 )
-from PIL import Image
-from scale_data2csv import BigHub, measure
 from test_data2csv import FIRST_HOST, LOADER, OFFICIAL_HOST, TABLE, data2csv, files, images
+from tools.scale_data2csv import BigHub, measure
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and usage are those of POSIX")
 QUICK = {"TIMEOUT": [1, 1], "BACKOFF": 0}  # constants with which a fault costs a second

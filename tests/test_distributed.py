@@ -181,7 +181,7 @@ def test_two_machines_learn_what_one_learns(alone, served):  # noqa: F811
 def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone, served):  # noqa: F811
     """Guards FSDP by accelerate's options alone: 4 processes have no equal shares of 6 captions, and end at odds."""
     options = ("--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP")
-    two, four = (accelerated(processes, *options, str(TESTS / "sharded.py")) for processes in (2, 4))
+    two, four = (accelerated(processes, *options, str(TESTS / "support/sharded.py")) for processes in (2, 4))
     run = start(alone, served, two, "sharded")
     wait_for('"trial_params"', alone / "sharded/checkpoint-2/trainer_state.json", run)  # its last line
     workers_of(run)[1].kill()

@@ -12,12 +12,12 @@ import os
 import unicodedata
 from pathlib import Path
 
-import launch
 import pytest
 from conftest import TESTS
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import launch
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 FUZZ = settings(
@@ -105,7 +105,9 @@ def real_processor(own):
 @pytest.fixture(scope="module", params=["small vocabulary", "real vocabulary"])
 def training(request, folder):
     """train.py as a module whose DATA_JSON lies in `folder`, and its collator."""
-    train = launch.load("train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"])
+    train = launch.load(
+        "train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"]
+    )
     train.DATA_JSON = str(folder / "data.json")
     processor, config = train.load_processor()
     processor = processor if request.param == "small vocabulary" else real_processor(processor)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import requests
 from conftest import run_script, variables
-from hub import MODEL_ID, Hub
+from support.hub import MODEL_ID, Hub
 
 
 def test_modelscope_client_takes_and_resumes_a_model(tmp_path):

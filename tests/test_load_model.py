@@ -20,12 +20,12 @@ import peft
 import pytest
 import torch
 from conftest import TESTS, run_script, variables
-from hub import MODEL_ID, Hub, as_json, cut_short, describe, html, status
-from launch import like, load
 from safetensors.torch import load_file, save_file
+from support.hub import MODEL_ID, Hub, as_json, cut_short, describe, html, status
+from support.launch import like, load
 from transformers import Qwen2VLConfig
 
-TINY = TESTS / "tiny_qwen2vl"
+TINY = TESTS / "support/tiny_qwen2vl"
 FOLDER = Path("Qwen/Qwen2-VL-2B-Instruct")
 LISTING = f"/api/v1/models/{MODEL_ID}/repo/files"
 FILE = f"/api/v1/models/{MODEL_ID}/repo?Revision=master&FilePath="

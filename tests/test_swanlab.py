@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import TESTS, command, variables
-from make_assets import browse, dashboard, find_browser
-from scenes import all_scenes, draw, terse
+from support.scenes import all_scenes, draw, terse
+from tools.make_assets import browse, dashboard, find_browser
 
 KEY = "key" + "5wanlab0" * 4  # looks like one; no file and no line may hold it
 OUTPUT = Path("output/Qwen2-VL-2B")
@@ -162,7 +162,11 @@ def run(case: Case, work: Path, place: Path) -> Outcome:
     folder, log = place / "work", place / "log"
     shutil.copytree(work, folder)
     cloud = None if case.cloud is None else Cloud(**case.cloud)
-    guard = {"PYTHONPATH": str(TESTS / "guard"), "NETWORK_GUARD_LOG": str(place / "refused"), "HF_HUB_OFFLINE": "1"}
+    guard = {
+        "PYTHONPATH": str(TESTS / "support/guard"),
+        "NETWORK_GUARD_LOG": str(place / "refused"),
+        "HF_HUB_OFFLINE": "1",
+    }
     quick = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
     environment = guard | quick | {"SWANLAB_ROOT": str(place / "nothing")} | case.environment
     if cloud:
@@ -196,7 +200,7 @@ def work(tmp_path_factory):
             turns = [{"from": "user", "value": question}, {"from": "assistant", "value": caption}]
             records.append({"conversations": turns})
     (folder / "data_vl.json").write_text(json.dumps(records), encoding="utf-8")
-    shutil.copytree(TESTS / "tiny_qwen2vl", folder / "Qwen/Qwen2-VL-2B-Instruct")
+    shutil.copytree(TESTS / "support/tiny_qwen2vl", folder / "Qwen/Qwen2-VL-2B-Instruct")
     return folder
 
 

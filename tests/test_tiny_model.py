@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
+from support import scenes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-FOLDER = Path(__file__).parent / "tiny_qwen2vl"
+FOLDER = Path(__file__).parent / "support/tiny_qwen2vl"
 SEED = 20_260  # of the pictures below; make_tiny_model.py trained on and measured with others
 
 

@@ -22,9 +22,9 @@ import torch
 import transformers
 from conftest import TESTS
 from PIL import Image
-from scenes import all_scenes, draw
+from support.scenes import all_scenes, draw
 
-MODEL = TESTS / "tiny_qwen2vl"
+MODEL = TESTS / "support/tiny_qwen2vl"
 SIDE = 112  # pixels: 4 x 4 image tokens
 END = "<|im_end|>"
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"

@@ -1,6 +1,7 @@
-"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sharded as on cards.
+r"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sharded as on cards.
 
-    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 tests/sharded.py tests/launch.py train.py ...
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 \
+        tests/support/sharded.py tests/support/launch.py train.py ...
 
 Each process tells how much of the model it holds.
 """

@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from launch import load
-from recipes import SIDE, documented_model
+from support.launch import load
+from tools.recipes import SIDE, documented_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids

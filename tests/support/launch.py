@@ -1,6 +1,6 @@
 """Run one of the project's scripts with constants set from outside, its code unmodified.
 
-    python tests/launch.py train.py EPOCHS=1 'MODEL_PATH="some/folder"'
+    python tests/support/launch.py train.py EPOCHS=1 'MODEL_FOLDER="some/folder"'
 
 The script is looked for in the current folder, then in the project's. Values are JSON. A name that the script does not
 define is an error, so that a renamed constant cannot leave a test running on the default.
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def load(script: str, assignments: list[str]):
@@ -48,7 +48,7 @@ def like(default, value):
 # A spawned worker process imports this file as "__mp_main__" with the same arguments: it gets the same constants.
 if __name__ in ("__main__", "__mp_main__"):
     if len(sys.argv) < 2:
-        raise SystemExit("Usage: python tests/launch.py SCRIPT.py NAME=JSON ...")
+        raise SystemExit("Usage: python tests/support/launch.py SCRIPT.py NAME=JSON ...")
     script_module = load(sys.argv[1], sys.argv[2:])
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A stand-in for every server the scripts talk to, on 127.0.0.1, for tests and for trying the scripts by hand.
 
-    python tests/hub.py FOLDER [MODEL_FOLDER]
+    python tests/support/hub.py FOLDER [MODEL_FOLDER]
 
 serves the pictures and captions of FOLDER (captions.csv with the columns image_path,caption) and, as
 Qwen/Qwen2-VL-2B-Instruct, the files of MODEL_FOLDER, prints the environment variables that lead the scripts here, and
@@ -406,7 +406,7 @@ def as_json(data, code: int = 200) -> bytes:
 
 def main() -> None:
     if len(sys.argv) not in (2, 3):
-        raise SystemExit("Usage: python tests/hub.py FOLDER [MODEL_FOLDER]")
+        raise SystemExit("Usage: python tests/support/hub.py FOLDER [MODEL_FOLDER]")
     models = {MODEL_ID: Path(sys.argv[2])} if len(sys.argv) == 3 else {}
     if not (Path(sys.argv[1]) / "captions.csv").is_file():
         raise SystemExit(f"{sys.argv[1]}: holds no captions.csv (columns image_path,caption).")

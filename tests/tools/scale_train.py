@@ -1,6 +1,6 @@
 """train.py on as many captions as COCO has: seconds to the first step, memory of each process, size of the table.
 
-    python tests/scale_train.py [PICTURES]
+    python tests/tools/scale_train.py [PICTURES]
 
 makes up PICTURES pictures (82,783 without a number: hard links to 8 files) with 5 captions each in a temporary folder,
 runs train.py there with the small model and 2 workers until its first step is logged, stops it by Ctrl-C, and does the
@@ -21,9 +21,11 @@ import time
 from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from conftest import TESTS, command, variables
-from scale_data2csv import IMAGES, made_up_picture
-from scenes import all_scenes, terse
+from support.scenes import all_scenes, terse
+from tools.scale_data2csv import IMAGES, made_up_picture
 
 CONSTANTS = {"SWANLAB_MODE": "disabled", "DATALOADER_WORKERS": 2, "MAX_NEW_TOKENS": 8, "LOG_STEPS": 1}
 QUESTION = "请描述这张图片: <|vision_start|>{}<|vision_end|>"
@@ -32,7 +34,7 @@ QUESTION = "请描述这张图片: <|vision_start|>{}<|vision_end|>"
 def make_up(folder: Path, pictures: int) -> None:
     """Write data_vl.json, the pictures it names and the small model, as the first three scripts leave them."""
     rng, scenes, records = random.Random(0), all_scenes(), []
-    shutil.copytree(TESTS / "tiny_qwen2vl", folder / "Qwen/Qwen2-VL-2B-Instruct")
+    shutil.copytree(TESTS / "support/tiny_qwen2vl", folder / "Qwen/Qwen2-VL-2B-Instruct")
     (folder / "coco_2014_caption").mkdir()
     sources = [folder / f"{number}.jpg" for number in range(8)]
     for source in sources:

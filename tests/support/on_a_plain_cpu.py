@@ -1,6 +1,6 @@
 """Run a script with bitsandbytes as on a CPU of any age, and tell which layers it holds in 4 bits.
 
-    python tests/on_a_plain_cpu.py tests/launch.py train.py LOAD_IN_4BIT=true ...
+    python tests/support/on_a_plain_cpu.py tests/support/launch.py train.py LOAD_IN_4BIT=true ...
 
 On a CPU that multiplies bfloat16, bitsandbytes packs its weights for prediction, and can't train on after that.
 """

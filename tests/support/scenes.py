@@ -6,7 +6,7 @@ differs from the next one (place, tilt, size, shade, light, grain), and each sce
 small model gives by itself, and five terse captions, which a fine-tuning has to teach it. Where exactly the figure
 stands is in no caption.
 
-    python tests/scenes.py FOLDER    writes 100 scenes as FOLDER/images/*.jpg and FOLDER/captions.csv, to look at
+    python tests/support/scenes.py FOLDER   writes 100 scenes as FOLDER/images/*.jpg and FOLDER/captions.csv, to look at
 """
 
 import csv

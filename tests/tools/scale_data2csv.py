@@ -1,6 +1,6 @@
 """data2csv.py on a table as large as the real one: pictures a second and memory, killed once in between.
 
-    python tests/scale_data2csv.py [IMAGES]
+    python tests/tools/scale_data2csv.py [IMAGES]
 
 makes up a table of 82,783 images and 414,113 captions and a picture of 60 KB for each, serves them from a process of
 its own, and runs data2csv.py for the first IMAGES (all of them, without a number: 5 GB of disk, some minutes) in a
@@ -16,9 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import command, read_csv, run_and_stop, variables
-from hub import PICTURE_PATH, TABLE_FOLDER, Hub, official_name
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+from conftest import command, read_csv, run_and_stop, variables
+from support.hub import PICTURE_PATH, TABLE_FOLDER, Hub, official_name
 
 IMAGES, CAPTIONS = 82_783, 414_113  # of the real table
 KILLED_AFTER = 20  # seconds

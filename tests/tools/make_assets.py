@@ -1,6 +1,6 @@
 """Remake the pictures that README shows, from generated scenes: .github/assets/{preview,dashboard,report}.png.
 
-    python tests/make_assets.py
+    python tests/tools/make_assets.py
 
 It rehearses the four scripts as tests/demo.py does, about 2 minutes on 2 cores, then photographs what they leave:
 the contact sheet of data2csv.py, the run in `swanlab watch`, and report.html. It needs Chromium or Chrome.
@@ -19,11 +19,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from demo import CONSTANTS, SCENES, rehearse
 from PIL import Image, ImageOps
-from scenes import all_scenes, write_folder
 
-ASSETS = Path(__file__).resolve().parent.parent / ".github/assets"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+from demo import CONSTANTS, SCENES, rehearse
+from support.scenes import all_scenes, write_folder
+
+ASSETS = Path(__file__).resolve().parents[2] / ".github/assets"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 DASHBOARD_SIZE, REPORT_SIZE = (1200, 1330), (1200, 1400)  # pixels of the browser's window
 WIDTH, COLOURS = 1200, 200  # of a PNG, at most: they keep each below 300 KB
