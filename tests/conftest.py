@@ -18,7 +18,9 @@ TIMEOUT = 300  # seconds a script may take in a test
 
 def command(script: str, **constants) -> list[str]:
     """The command line that runs `script` with these constants."""
-    values = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in constants.items()]
+    values = [
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in constants.items()
+    ]
     return [sys.executable, str(TESTS / "support/launch.py"), script, *values]
 
 
@@ -43,14 +45,26 @@ def run_script(
 
 
 def run_and_stop(
-    script: str, cwd: Path, env: dict[str, str], seconds: float, sent: signal.Signals = signal.SIGKILL, **constants
+    script: str,
+    cwd: Path,
+    env: dict[str, str],
+    seconds: float,
+    sent: signal.Signals = signal.SIGKILL,
+    **constants,
 ) -> subprocess.CompletedProcess:
     """Run `script`, send a signal to it and its workers after `seconds` (as Ctrl-C does), return what it left behind.
 
     A script that is done by then simply ends; one that outlives the signal by a minute fails the test. POSIX only.
     """
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
-    run = subprocess.Popen(command(script, **constants), cwd=cwd, env=variables(env), start_new_session=True, **options)
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
+    run = subprocess.Popen(
+        command(script, **constants), cwd=cwd, env=variables(env), start_new_session=True, **options
+    )
     try:
         output = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -59,17 +73,23 @@ def run_and_stop(
             output = run.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
-            raise AssertionError(f"{script} outlived {sent.name} by a minute: {run.communicate()}") from None
+            raise AssertionError(
+                f"{script} outlived {sent.name} by a minute: {run.communicate()}"
+            ) from None
     return subprocess.CompletedProcess(run.args, run.returncode, *output)
 
 
-def write_pictures(folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)) -> Path:
+def write_pictures(
+    folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)
+) -> Path:
     """A folder as the hub serves it: captions.csv with these (image_path, caption) rows, and a small JPEG a path."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image_path", "caption"), *rows])
     for number, path in enumerate(dict.fromkeys(path for path, _ in rows)):
-        picture = Image.effect_noise(size, 40).convert("RGB")  # noise: large enough to be cut in the middle
+        picture = Image.effect_noise(size, 40).convert(
+            "RGB"
+        )  # noise: large enough to be cut in the middle
         picture.paste((number * 40 % 256, number * 90 % 256, 200), (8, 8, 40, 32))
         picture.save(folder / path, "JPEG", quality=90)
     return folder

@@ -86,8 +86,12 @@ def main() -> None:
     print(f"\n{'':24}before | after")
     for name, before in results["scores"]["before"].items():
         print(f"{name:20}{before:10.3f} | {results['scores']['after'][name]:.3f}")
-    print(f"{'exactly right':20}{exactly_right(results, 'before'):10.3f} | {exactly_right(results, 'after'):.3f}")
-    print(f"{time.monotonic() - start:.0f} s. The gallery: {folder / 'output/Qwen2-VL-2B/report.html'}")
+    print(
+        f"{'exactly right':20}{exactly_right(results, 'before'):10.3f} | {exactly_right(results, 'after'):.3f}"
+    )
+    print(
+        f"{time.monotonic() - start:.0f} s. The gallery: {folder / 'output/Qwen2-VL-2B/report.html'}"
+    )
 
 
 if __name__ == "__main__":

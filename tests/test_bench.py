@@ -26,7 +26,9 @@ def test_the_documented_recipe_learns_the_same_captions(tmp_path, monkeypatch):
     documented = recipes.DocumentedCollator(processor.tokenizer, padding=True)(documented)
 
     def own():
-        samples = train.share_prompts([train.parse_record(record, processor) for record in records], train.MAX_LENGTH)
+        samples = train.share_prompts(
+            [train.parse_record(record, processor) for record in records], train.MAX_LENGTH
+        )
         batch = train.CaptionCollator(processor, config)(samples)
         return {name: tensor for name, tensor in batch.items() if name != "names"}
 
@@ -48,7 +50,9 @@ def test_arithmetic_of_the_real_shape():
     assert 10.9 < documented < 11.4
     assert sum(plain.values()) / 1e12 <= 5.5
     assert shared / 4 / 5 <= 0.36
-    assert plain["head"] == 4 * 4 * flops.CAPTION_TOKENS * 1536 * 151936  # 4 pictures; forward and backward
+    assert (
+        plain["head"] == 4 * 4 * flops.CAPTION_TOKENS * 1536 * 151936
+    )  # 4 pictures; forward and backward
 
 
 def test_table_for_a_card_as_a_dry_run():

@@ -58,7 +58,9 @@ def prepared(served, tmp_path_factory):
 
 
 def train(folder: Path, hub: Hub, **constants) -> subprocess.CompletedProcess:
-    return run_script("train.py", folder, {"OMP_NUM_THREADS": "1", **hub.environment()}, **{**SMALL, **constants})
+    return run_script(
+        "train.py", folder, {"OMP_NUM_THREADS": "1", **hub.environment()}, **{**SMALL, **constants}
+    )
 
 
 def another(prepared: Path, tmp_path: Path) -> Path:
@@ -84,21 +86,43 @@ def test_the_chain_leaves_what_it_promises(undisturbed):
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     assert [record["id"] for record in records] == [f"identity_{number}" for number in range(1, 61)]
     question = records[0]["conversations"][0]["value"]
-    assert re.fullmatch(r"请描述这张图片: <\|vision_start\|>coco_2014_caption/\d+\.jpg<\|vision_end\|>", question)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "report.html", "checkpoint-8"):
+    assert re.fullmatch(
+        r"请描述这张图片: <\|vision_start\|>coco_2014_caption/\d+\.jpg<\|vision_end\|>", question
+    )
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "report.html",
+        "checkpoint-8",
+    ):
         assert (folder / OUTPUT / name).exists(), name
-    assert "24 pictures to train on, 6 held out" in printed and "48 captions, 16 tokens a picture" in printed
+    assert (
+        "24 pictures to train on, 6 held out" in printed
+        and "48 captions, 16 tokens a picture" in printed
+    )
     assert "8 steps of 6 pictures" in printed and re.search(r"heaviest pass: [\d.]+ GiB", printed)
     line = r"'loss': '[\d.]+'.*'learning_rate': '[\d.]+'.*'pictures/s': '[\d.]+'.*'minutes left': '[\d.e-]+'"
     assert len(re.findall(line, printed)) == 8, "a line a log step"
-    assert "| 8/8 [" in printed and "Captions now: " in printed, "a bar for the training, and one for the captions"
+    assert "| 8/8 [" in printed and "Captions now: " in printed, (
+        "a bar for the training, and one for the captions"
+    )
     assert printed.count("\x1b[A") == 0, "a bar below another bar moves the cursor up"
-    assert printed.count("'eval_loss'") == 3 and "A sample, [[learned]]:" in printed and "<|im_end|>]]" in printed
+    assert (
+        printed.count("'eval_loss'") == 3
+        and "A sample, [[learned]]:" in printed
+        and "<|im_end|>]]" in printed
+    )
     assert "Warning" not in printed and "DROPPED" not in printed
     results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     assert set(results["scores"]) == {"before", "after"} and len(results["captions"]) == 6
-    assert all(row["before"]["caption"].startswith("The image shows a") for row in results["captions"])
-    assert all(row["human"][0].startswith("a ") and "<|" not in row["human"][0] for row in results["captions"])
+    assert all(
+        row["before"]["caption"].startswith("The image shows a") for row in results["captions"]
+    )
+    assert all(
+        row["human"][0].startswith("a ") and "<|" not in row["human"][0]
+        for row in results["captions"]
+    )
     run = json.loads((folder / OUTPUT / "run.json").read_text(encoding="utf-8"))
     assert "请描述这张图片: <|vision_start|><|image_pad|><|vision_end|>" in run["prompt"]
     assert run["constants"]["IMAGE_SIZE"] == 112
@@ -117,15 +141,33 @@ def test_the_report_shows_it_all_in_one_file(undisturbed):
     results = json.loads((folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     assert report.count("data:image/jpeg;base64,") == 6 + 5 + 5 and report.count("<svg") == 1
     assert not re.search(r"""<script|<link|(src|href)=["']?http""", report)
-    drawn = re.findall(r"<!-- (.*?) -->", report)  # matplotlib notes beside the outlines what it wrote
-    for label in ("loss", "eval_loss", "eval_CIDEr", "eval_BLEU-4", "eval_ROUGE-L", "learning_rate", "grad_norm"):
+    drawn = re.findall(
+        r"<!-- (.*?) -->", report
+    )  # matplotlib notes beside the outlines what it wrote
+    for label in (
+        "loss",
+        "eval_loss",
+        "eval_CIDEr",
+        "eval_BLEU-4",
+        "eval_ROUGE-L",
+        "learning_rate",
+        "grad_norm",
+    ):
         assert label in drawn, label
-    assert {"words a caption", "people", "before", "after"} <= set(drawn), "the histogram of caption lengths"
+    assert {"words a caption", "people", "before", "after"} <= set(drawn), (
+        "the histogram of caption lengths"
+    )
     assert "CIDEr words that tell pictures apart" in report, "what the scores mean"
-    for name, value in {"LEARNING_RATE": "0.01", "BATCH_SIZE": "2", "transformers": transformers.__version__}.items():
+    for name, value in {
+        "LEARNING_RATE": "0.01",
+        "BATCH_SIZE": "2",
+        "transformers": transformers.__version__,
+    }.items():
         assert re.search(rf"<th>{name}</th>\s*<td>{re.escape(value)}</td>", report), "what made it"
     steps = [entry for entry in last_state(folder)["log_history"] if "eval_CIDEr" in entry]
-    assert [entry["step"] for entry in steps] == [0, 4], "the last evaluation comes behind the last checkpoint"
+    assert [entry["step"] for entry in steps] == [0, 4], (
+        "the last evaluation comes behind the last checkpoint"
+    )
     for value in (value for scores in results["scores"].values() for value in scores.values()):
         assert f"{value:.3f}" in report
     for row in results["captions"]:
@@ -142,19 +184,31 @@ def test_the_base_model_is_captioned_untouched(undisturbed):
     processor = AutoProcessor.from_pretrained(model_folder)
     model = Qwen2VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
     row = results["captions"][0]
-    messages = [{"role": "user", "content": [{"type": "text", "text": "请描述这张图片: "}, {"type": "image"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "请描述这张图片: "}, {"type": "image"}],
+        }
+    ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     picture = Image.open(row["pictures"][0]).convert("RGB").resize((112, 112))
     inputs = processor(text=[text], images=[picture], do_resize=False, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert processor.decode(output, skip_special_tokens=True) == row["before"]["caption"]
 
 
 def test_started_again_it_says_so_and_does_not_train(undisturbed, served):
     """Guards an hour of work: a finished run is not trained again, nor on top of itself."""
     folder, _ = undisturbed
-    before = {name: (folder / OUTPUT / name).stat().st_mtime_ns for name in ("adapter_model.safetensors", "run.json")}
-    done = train(folder, served, MAX_NEW_TOKENS=5)  # shapes no training, and isn't what made the adapter either
+    before = {
+        name: (folder / OUTPUT / name).stat().st_mtime_ns
+        for name in ("adapter_model.safetensors", "run.json")
+    }
+    done = train(
+        folder, served, MAX_NEW_TOKENS=5
+    )  # shapes no training, and isn't what made the adapter either
     assert done.returncode == 0 and "holds this run, finished" in done.stdout
     assert before == {name: (folder / OUTPUT / name).stat().st_mtime_ns for name in before}
 
@@ -162,11 +216,16 @@ def test_started_again_it_says_so_and_does_not_train(undisturbed, served):
 def test_killed_while_it_captions_it_only_captions(undisturbed, served, tmp_path):
     """Guards the last minutes: a run that was trained, but not judged, is judged, and not trained again."""
     folder = tmp_path / "work"
-    shutil.copytree(undisturbed[0], folder, ignore=shutil.ignore_patterns("swanlog", "results.json"))
+    shutil.copytree(
+        undisturbed[0], folder, ignore=shutil.ignore_patterns("swanlog", "results.json")
+    )
     done = train(folder, served)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 steps of 6 pictures; at step 8\n" in done.stdout and "'loss'" not in done.stdout
-    texts = [(place / OUTPUT / "results.json").read_text(encoding="utf-8") for place in (folder, undisturbed[0])]
+    texts = [
+        (place / OUTPUT / "results.json").read_text(encoding="utf-8")
+        for place in (folder, undisturbed[0])
+    ]
     assert json.loads(texts[0])["scores"] == json.loads(texts[1])["scores"]
     assert "Checking" not in done.stderr, "the data was checked once"
 
@@ -181,15 +240,24 @@ def test_other_constants_are_not_mixed_in(undisturbed, served, tmp_path, gone):
     assert "LEARNING_RATE was 0.01, is 0.02" in done.stderr and "set OUTPUT_FOLDER" in done.stderr
 
 
-@pytest.mark.parametrize(("workers", "step"), [(0, 4), (2, 6)], ids=["between epochs", "in an epoch, with workers"])
-def test_killed_and_run_again_it_ends_where_an_undisturbed_run_ends(undisturbed, served, tmp_path, workers, step):
+@pytest.mark.parametrize(
+    ("workers", "step"), [(0, 4), (2, 6)], ids=["between epochs", "in an epoch, with workers"]
+)
+def test_killed_and_run_again_it_ends_where_an_undisturbed_run_ends(
+    undisturbed, served, tmp_path, workers, step
+):
     """Guards resuming: the same weights to the last bit, dropout on, from the last checkpoint that is complete."""
     folder = another(undisturbed[0], tmp_path)
     environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
     killed = command("train.py", **{**SMALL, "DATALOADER_WORKERS": workers})
-    checkpoint, half = folder / OUTPUT / f"checkpoint-{step}", folder / OUTPUT / f"checkpoint-{step + 2}"
+    checkpoint, half = (
+        folder / OUTPUT / f"checkpoint-{step}",
+        folder / OUTPUT / f"checkpoint-{step + 2}",
+    )
     with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(killed, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(
+            killed, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         while '"trial_params"' not in read_text(checkpoint / "trainer_state.json"):  # its last line
             assert run.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
@@ -210,12 +278,16 @@ def read_text(path: Path) -> str:
 
 def same_adapter(folder: Path, other: Path) -> bool:
     """Whether two trainings ended at the same weights, to the last bit."""
-    ours, theirs = (load_file(place / OUTPUT / "adapter_model.safetensors") for place in (folder, other))
+    ours, theirs = (
+        load_file(place / OUTPUT / "adapter_model.safetensors") for place in (folder, other)
+    )
     return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_killed_at_random_moments_it_ends_where_an_undisturbed_run_ends(undisturbed, served, tmp_path):
+def test_killed_at_random_moments_it_ends_where_an_undisturbed_run_ends(
+    undisturbed, served, tmp_path
+):
     """Guards a night on a rented card that is taken away again and again: 6 kills, or TRAIN_KILLS of them."""
     folder, moments = another(undisturbed[0], tmp_path), random.Random(7)
     seconds = float((folder / "seconds.txt").read_text())
@@ -225,7 +297,9 @@ def test_killed_at_random_moments_it_ends_where_an_undisturbed_run_ends(undistur
     for number in range(kills):
         constants = {**SMALL, "DATALOADER_WORKERS": 2 * (number % 2)}
         killed += (
-            run_and_stop("train.py", folder, environment, seconds * moments.uniform(0.45, 0.85), **constants).returncode
+            run_and_stop(
+                "train.py", folder, environment, seconds * moments.uniform(0.45, 0.85), **constants
+            ).returncode
             == -9
         )
     assert killed >= kills / 2, "half of them at least must have met it alive"
@@ -251,9 +325,18 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, served, tmp_path):
     for number, (sign, sent) in enumerate(moments):
         with open(tmp_path / "log", "w+", encoding="utf-8") as log:
             constants = {**SMALL, "DATALOADER_WORKERS": 2 * (number % 2)}
-            options = {"cwd": folder, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+            options = {
+                "cwd": folder,
+                "env": environment,
+                "stdout": log,
+                "stderr": log,
+                "start_new_session": True,
+            }
             run = subprocess.Popen(command("train.py", **constants), **options)
-            while sign not in (printed := (tmp_path / "log").read_text(encoding="utf-8")) and run.poll() is None:
+            while (
+                sign not in (printed := (tmp_path / "log").read_text(encoding="utf-8"))
+                and run.poll() is None
+            ):
                 time.sleep(0.01)
             os.killpg(run.pid, sent)
             code = run.wait(timeout=60)
@@ -261,12 +344,17 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, served, tmp_path):
         assert code == 128 + sent and "Traceback" not in printed, printed
         if sign == "'loss'":
             step = int(re.search(r"Stopped at step (\d+), which is saved", printed)[1])
-            assert step > last and (folder / OUTPUT / f"checkpoint-{step}" / "trainer_state.json").is_file()
+            assert (
+                step > last
+                and (folder / OUTPUT / f"checkpoint-{step}" / "trainer_state.json").is_file()
+            )
             last = step
         else:
             assert "Stopped. Run it again to go on." in printed
     done = train(folder, served)
-    assert done.returncode == 0 and f"8 steps of 6 pictures; at step {last}\n" in done.stdout, done.stdout
+    assert done.returncode == 0 and f"8 steps of 6 pictures; at step {last}\n" in done.stdout, (
+        done.stdout
+    )
     assert same_adapter(folder, undisturbed[0])
 
 
@@ -284,26 +372,43 @@ def test_weights_that_broke_are_told_in_a_sentence(undisturbed, served, tmp_path
     weights = folder / "Qwen/Qwen2-VL-2B-Instruct/model-00001-of-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     done = train(folder, served)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "load_model.py run again mends it" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and "load_model.py run again mends it" in done.stderr
+    )
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes, which is optional, is not here")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("bitsandbytes"),
+    reason="bitsandbytes, which is optional, is not here",
+)
 def test_the_base_model_in_4_bits_learns_as_well(undisturbed, served, tmp_path):
     """Guards LOAD_IN_4BIT: vision left as it is, an adapter that fits the whole model; bitsandbytes is real."""
     folder = another(undisturbed[0], tmp_path)
     environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
     python, *script = command("train.py", **{**SMALL, "LOAD_IN_4BIT": True})
     line = [python, str(TESTS / "support/on_a_plain_cpu.py"), *script]
-    options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 200}
+    options = {
+        "cwd": folder,
+        "env": environment,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "timeout": 200,
+    }
     done = subprocess.run(line, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in 4 bits: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj\n" in done.stderr
     places = (undisturbed[0], folder)
-    whole, four = ([e["eval_loss"] for e in last_state(f)["log_history"] if "eval_loss" in e] for f in places)
+    whole, four = (
+        [e["eval_loss"] for e in last_state(f)["log_history"] if "eval_loss" in e] for f in places
+    )
     assert len(four) == 2 and 0 < abs(four[0] - whole[0]) < 0.1, "the same model, nearly"
     assert four[1] < four[0] - 1, "it learns"
     ours, theirs = (load_file(place / OUTPUT / "adapter_model.safetensors") for place in places)
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
 
 
 def follow_readme(part: int, folder: Path, hub: Hub) -> tuple[list[str], str]:
@@ -315,7 +420,13 @@ def follow_readme(part: int, folder: Path, hub: Hub) -> tuple[list[str], str]:
     code = code.replace('"coco_2014_caption/9.jpg"', repr(row["pictures"][0]))
     code = code.replace("128", str(SMALL["MAX_NEW_TOKENS"]))
     environment = variables({"OMP_NUM_THREADS": "1", **hub.environment()})
-    options = {"cwd": folder, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 200}
+    options = {
+        "cwd": folder,
+        "env": environment,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "timeout": 200,
+    }
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
     return [line.strip() for line in done.stdout.splitlines()], row["after"]["caption"]
@@ -334,9 +445,14 @@ def test_pictures_keep_their_size(undisturbed, served, tmp_path):
     for number, path in enumerate(sorted((folder / "coco_2014_caption").glob("[0-9]*.jpg"))):
         with Image.open(path) as image:
             image.resize((224, 100 + 28 * (number % 5))).save(path)
-    done = train(folder, served, IMAGE_SIZE=None, MAX_PIXELS=50 * 28 * 28, DATALOADER_WORKERS=2, EPOCHS=1)
+    done = train(
+        folder, served, IMAGE_SIZE=None, MAX_PIXELS=50 * 28 * 28, DATALOADER_WORKERS=2, EPOCHS=1
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "48 captions, 50 tokens a picture at most" in done.stdout or "48 captions, 48 tokens" in done.stdout
+    assert (
+        "48 captions, 50 tokens a picture at most" in done.stdout
+        or "48 captions, 48 tokens" in done.stdout
+    )
     assert "DROPPED" not in done.stderr
     said, caption = follow_readme(1, folder, served)
     assert said == [caption] * 2
@@ -351,9 +467,17 @@ def test_readme_names_what_exists():
         assert (root / script).is_file(), script
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):
         assert (root / picture).is_file(), picture
-    pins = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==([\d.]+)", (root / "requirements.txt").read_text(), re.MULTILINE))
+    pins = dict(
+        re.findall(
+            r"^([\w-]+)(?:\[\w+\])?==([\d.]+)",
+            (root / "requirements.txt").read_text(),
+            re.MULTILINE,
+        )
+    )
     table = readme[readme.index("## 版本") : readme.index("## 参考资料")]
-    named = re.findall(r"^\| ([\w-]+(?:、[\w-]+)*) \| [^|]* \| (\d[\d.]*(?:、\d[\d.]*)*) \|", table, re.MULTILINE)
+    named = re.findall(
+        r"^\| ([\w-]+(?:、[\w-]+)*) \| [^|]* \| (\d[\d.]*(?:、\d[\d.]*)*) \|", table, re.MULTILINE
+    )
     assert len(named) >= 7
     for packages, versions in named:
         for package, version in zip(packages.split("、"), versions.split("、"), strict=True):

@@ -55,7 +55,9 @@ def run(folder: Path, **constants):
 def convert(folder: Path, **constants) -> list[dict]:
     done = run(folder, **constants)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / constants.get("JSON_PATH", "data_vl.json")).read_text(encoding="utf-8"))
+    return json.loads(
+        (folder / constants.get("JSON_PATH", "data_vl.json")).read_text(encoding="utf-8")
+    )
 
 
 def refusal(folder: Path, **constants) -> str:
@@ -68,13 +70,19 @@ def refusal(folder: Path, **constants) -> str:
 
 def paths(records: list[dict]) -> list[str]:
     questions = [record["conversations"][0]["value"] for record in records]
-    return [question.partition("<|vision_start|>")[2].removesuffix("<|vision_end|>") for question in questions]
+    return [
+        question.partition("<|vision_start|>")[2].removesuffix("<|vision_end|>")
+        for question in questions
+    ]
 
 
 def test_the_documented_record(folder):
     """A renamed key, another prompt or an id from 0 breaks what reads the format; escaped Chinese is for no eyes."""
     picture(folder / "coco_2014_caption/1.jpg")
-    table(folder / "coco-2024-dataset.csv", [("coco_2014_caption/1.jpg", "A modern kitchen done in white.")])
+    table(
+        folder / "coco-2024-dataset.csv",
+        [("coco_2014_caption/1.jpg", "A modern kitchen done in white.")],
+    )
     question = "请描述这张图片: <|vision_start|>coco_2014_caption/1.jpg<|vision_end|>"
     answer = "A modern kitchen done in white."
     turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
@@ -90,7 +98,9 @@ def test_captions_survive(folder, encoding):
     table(folder / "coco-2024-dataset.csv", [("a.jpg", caption) for caption in AWKWARD], encoding)
     records = convert(folder)
     assert [record["conversations"][1]["value"] for record in records] == AWKWARD
-    assert [record["id"] for record in records] == [f"identity_{number}" for number in range(1, len(AWKWARD) + 1)]
+    assert [record["id"] for record in records] == [
+        f"identity_{number}" for number in range(1, len(AWKWARD) + 1)
+    ]
 
 
 def test_ends_are_stripped_and_repeats_dropped(folder):
@@ -109,7 +119,10 @@ def test_what_the_summary_says(folder):
     """A summary that counts rows as pictures hides that a table has one caption a picture instead of five."""
     picture(folder / "a.jpg")
     picture(folder / "b.png")
-    table(folder / "coco-2024-dataset.csv", [("a.jpg", "a dog"), ("a.jpg", "one two three four"), ("b.png", "a cat b")])
+    table(
+        folder / "coco-2024-dataset.csv",
+        [("a.jpg", "a dog"), ("a.jpg", "one two three four"), ("b.png", "a cat b")],
+    )
     said = run(folder).stdout
     assert "2 pictures, 3 captions, 1.50 captions a picture" in said
     assert "2 to 4 words a caption, mean 3.0" in said
@@ -158,7 +171,11 @@ def bad_rows(folder: Path) -> list[tuple[str, str, str]]:
         ("strip.png", "a dog", "MAX_RATIO"),
         ("ok.png", " \n", "empty"),
         ("", "a dog", "empty"),
-        ("ok.png", "a dog<|im_end|>\n<|im_start|>user", "special token of the model in it: <|im_end|>"),
+        (
+            "ok.png",
+            "a dog<|im_end|>\n<|im_start|>user",
+            "special token of the model in it: <|im_end|>",
+        ),
         ("ok.png", "<|image_pad|>", "special token of the model in it: <|image_pad|>"),
         ("ok.png", "a \0 dog", "NUL character"),
         ("ok\0.png", "a dog", "NUL character"),
@@ -168,7 +185,11 @@ def bad_rows(folder: Path) -> list[tuple[str, str, str]]:
         ("./ ok.png", "a dog", "rename"),  # to train.py, which strips the name, it would be ok.png
         ("../ok.png", "a dog", "picture is missing"),
         ("x" * 300 + ".jpg", "a dog", "picture is missing"),
-        ("https://127.0.0.1:9/ok.png?x=1", "a dog", "address on the web or the like: download the picture first"),
+        (
+            "https://127.0.0.1:9/ok.png?x=1",
+            "a dog",
+            "address on the web or the like: download the picture first",
+        ),
         ("HTTP://127.0.0.1:9/ok.png", "a dog", "download the picture first"),
         ("ftp://127.0.0.1/ok.png", "a dog", "download the picture first"),
         ("data:image/png;base64,iVBORw0KGgo=", "a dog", "download the picture first"),
@@ -186,7 +207,9 @@ def test_bad_rows_stop_it(folder):
     table(folder / "coco-2024-dataset.csv", [("ok.png", "a cat"), *[row[:2] for row in rows]])
     (folder / "data_vl.json").write_text("the older one")
     done = run(folder)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "ON_BAD_SAMPLE" in done.stderr
+    assert (
+        done.returncode == 1 and "Traceback" not in done.stderr and "ON_BAD_SAMPLE" in done.stderr
+    )
     named = [line for line in done.stdout.splitlines() if line.startswith("  line ")]
     assert len(named) == len(rows) == 28, "all of them, not the first few"
     lines = csv.reader(open(folder / "coco-2024-dataset.csv", encoding="utf-8", newline=""))
@@ -201,7 +224,10 @@ def test_bad_rows_stop_it(folder):
 def test_bad_rows_dropped(folder):
     """ "drop" that drops silently, or leaves holes in the ids, is how a data set shrinks without anyone knowing."""
     rows = bad_rows(folder)
-    table(folder / "coco-2024-dataset.csv", [("ok.png", "a cat"), *[row[:2] for row in rows], ("ok.png", "two cats")])
+    table(
+        folder / "coco-2024-dataset.csv",
+        [("ok.png", "a cat"), *[row[:2] for row in rows], ("ok.png", "two cats")],
+    )
     done = run(folder, ON_BAD_SAMPLE="drop")
     records = json.loads((folder / "data_vl.json").read_text(encoding="utf-8"))
     assert [record["id"] for record in records] == ["identity_1", "identity_2"]
@@ -219,7 +245,9 @@ def test_nothing_left(folder):
 def test_a_comma_without_quotes(folder):
     """pandas took the path for an index and the caption's second half for the caption."""
     picture(folder / "a.jpg")
-    (folder / "coco-2024-dataset.csv").write_text("image_path,caption\na.jpg,red car, blue sky\na.jpg,a car\n")
+    (folder / "coco-2024-dataset.csv").write_text(
+        "image_path,caption\na.jpg,red car, blue sky\na.jpg,a car\n"
+    )
     done = run(folder)
     assert done.returncode == 1 and "line 2, 'a.jpg': more fields than columns" in done.stdout
 
@@ -238,7 +266,11 @@ def test_other_folders(folder):
     rows = [("pictures/a b.jpg", "a dog"), (r"pictures\a b.jpg", "a cat"), (str(absolute), "a cow")]
     table(folder / "mine/table.csv", rows)
     records = convert(folder, CSV_PATH="mine/table.csv", JSON_PATH="out/deep/data.json")
-    assert paths(records) == ["../../mine/pictures/a b.jpg", "../../mine/pictures/a b.jpg", str(absolute)]
+    assert paths(records) == [
+        "../../mine/pictures/a b.jpg",
+        "../../mine/pictures/a b.jpg",
+        str(absolute),
+    ]
 
 
 def test_file_addresses(folder):
@@ -255,17 +287,21 @@ def test_pictures_outside(folder, training, monkeypatch):
     """train.py refuses every picture that lies outside of IMAGE_FOLDERS: to be told there is an hour too late."""
     train, collator = training
     within = [picture(folder / "data/pictures/a.jpg"), picture(folder / "data/b.jpg")]
-    outside = [picture(folder / f"photos/{name}.jpg") for name in ("1/c", "1/d", "2/e", "3/f", "4/g")]
+    outside = [
+        picture(folder / f"photos/{name}.jpg") for name in ("1/c", "1/d", "2/e", "3/f", "4/g")
+    ]
     table(folder / "table.csv", [(str(path), "a dog") for path in within])
     constants = {"CSV_PATH": "table.csv", "JSON_PATH": "data/data_vl.json"}
     assert "IMAGE_FOLDERS" not in run(folder, **constants).stdout
     rows = [(path.relative_to(folder), "a dog") for path in within + outside]
     table(folder / "table.csv", [*rows, (str(outside[0]), "a cat")])
-    [told] = [line for line in run(folder, **constants).stdout.splitlines() if "IMAGE_FOLDERS" in line]
+    [told] = [
+        line for line in run(folder, **constants).stdout.splitlines() if "IMAGE_FOLDERS" in line
+    ]
     named = [(folder / "photos" / name).as_posix() for name in "123"]
-    assert told.startswith("IMAGE_FOLDERS in train.py has to name these, too (4 in all)") and told.endswith(
-        f": {named}"
-    )
+    assert told.startswith(
+        "IMAGE_FOLDERS in train.py has to name these, too (4 in all)"
+    ) and told.endswith(f": {named}")
     monkeypatch.setattr(train, "DATA_JSON", str(folder / "data/data_vl.json"))
     records = json.loads((folder / "data/data_vl.json").read_text(encoding="utf-8"))
 
@@ -288,12 +324,18 @@ def test_pictures_outside(folder, training, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="on Windows these are real places")
 def test_windows_drives_on_another_system(folder):
     r"""e:\LLM\... taken for a relative path becomes ../e:/LLM/..., which is said to be missing where nobody put it."""
-    rows = [(r"e:\LLM\a.jpg", "a dog"), ("e:/LLM/c.jpg", "a cow"), ("file:///e:/LLM/d.jpg", "a cat")]
+    rows = [
+        (r"e:\LLM\a.jpg", "a dog"),
+        ("e:/LLM/c.jpg", "a cow"),
+        ("file:///e:/LLM/d.jpg", "a cat"),
+    ]
     picture(folder / "e:/LLM/c.jpg")
     table(folder / "coco-2024-dataset.csv", rows)
     done = run(folder)
     assert done.returncode == 1 and done.stdout.count("lies on a drive of Windows") == 4
-    assert "line 2, 'e:/LLM/a.jpg': " in done.stdout and "another system: e:/LLM/d.jpg" in done.stdout
+    assert (
+        "line 2, 'e:/LLM/a.jpg': " in done.stdout and "another system: e:/LLM/d.jpg" in done.stdout
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
@@ -326,13 +368,17 @@ def script():
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_constants(script, name, monkeypatch):
     """A typo in ON_BAD_SAMPLE meant "drop"; a placeholder in PROMPT gives the model a picture that isn't there."""
-    assert set(WRONG) == {constant for constant in vars(script) if constant.isupper()}, "one is never checked"
+    assert set(WRONG) == {constant for constant in vars(script) if constant.isupper()}, (
+        "one is never checked"
+    )
     script.check_constants()
     for value in WRONG[name]:
         monkeypatch.setattr(script, name, value)
         with pytest.raises(SystemExit) as told:
             script.check_constants()
-        assert str(told.value).startswith(f"{name} = {value!r} at the top of csv2json.py can't work: it must be ")
+        assert str(told.value).startswith(
+            f"{name} = {value!r} at the top of csv2json.py can't work: it must be "
+        )
 
 
 def test_wrong_constants_are_told_first(folder):
@@ -345,7 +391,9 @@ def test_wrong_constants_are_told_first(folder):
 SIDE = 56  # pixels to which train.py scales
 
 
-def halves(mode: str = "RGB", size: tuple[int, int] = (96, 64), light=(230, 90, 60), dark=(20, 30, 90)) -> Image.Image:
+def halves(
+    mode: str = "RGB", size: tuple[int, int] = (96, 64), light=(230, 90, 60), dark=(20, 30, 90)
+) -> Image.Image:
     """The left half in one colour, the right one in another."""
     drawn = Image.new("RGB", size, light)
     drawn.paste(dark, (size[0] // 2, 0, *size))
@@ -360,8 +408,14 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 def png(width: int, height: int, data: bytes) -> bytes:
     """A greyscale PNG whose head says what it likes."""
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
-    chunk = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", data),
+        (b"IEND", b""),
+    ]
+    chunk = [
+        struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk)
 
 
@@ -382,7 +436,9 @@ def all_kinds() -> dict[str, tuple[bytes, str]]:
     sideways = saved(halves().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=turned())
     transparent = halves("RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
-    unknown_type = sideways.replace(b"\x01\x0f\x00\x02", b"\x01\x3d\x00\x02")  # text where a number is due
+    unknown_type = sideways.replace(
+        b"\x01\x0f\x00\x02", b"\x01\x3d\x00\x02"
+    )  # text where a number is due
     assert unknown_type != sideways
     return {
         "plain.jpg": (saved(halves(), "JPEG"), ""),
@@ -390,32 +446,62 @@ def all_kinds() -> dict[str, tuple[bytes, str]]:
         "plain.tif": (saved(halves(), "TIFF"), ""),
         "cmyk.jpg": (saved(halves("CMYK"), "JPEG"), ""),
         "greyscale.jpg": (saved(halves("L"), "JPEG"), ""),
-        "black and white.png": (saved(halves("L", dark=(0, 0, 0), light=(255, 255, 255)).convert("1"), "PNG"), ""),
+        "black and white.png": (
+            saved(halves("L", dark=(0, 0, 0), light=(255, 255, 255)).convert("1"), "PNG"),
+            "",
+        ),
         "palette.png": (saved(halves("P"), "PNG"), ""),
         "palette, transparent.png": (saved(halves("P"), "PNG", transparency=0), ""),
-        "palette, transparent bytes.png": (saved(halves("P"), "PNG", transparency=bytes(range(256))), ""),
+        "palette, transparent bytes.png": (
+            saved(halves("P"), "PNG", transparency=bytes(range(256))),
+            "",
+        ),
         "grey, transparent.png": (saved(halves("LA"), "PNG"), ""),
         "half transparent.png": (saved(transparent, "PNG"), ""),
         "sideways.jpg": (sideways, ""),
-        "sideways.png": (saved(halves().transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned()), ""),
-        "sideways.webp": (saved(halves().transpose(Image.Transpose.ROTATE_90), "WEBP", exif=turned()), ""),
+        "sideways.png": (
+            saved(halves().transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned()),
+            "",
+        ),
+        "sideways.webp": (
+            saved(halves().transpose(Image.Transpose.ROTATE_90), "WEBP", exif=turned()),
+            "",
+        ),
         "moving.gif": (saved(halves(), "GIF", **frames()), ""),
         "moving.webp": (saved(halves(), "WEBP", **frames()), ""),
         "moving.png": (saved(halves(), "PNG", **frames()), ""),
-        "two in one.jpg": (saved(halves(), "MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))]), ""),
+        "two in one.jpg": (
+            saved(halves(), "MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))]),
+            "",
+        ),
         "a png.jpg": (saved(halves(), "PNG"), ""),
         "nothing.jpg": (b"", "file is no picture of FORMATS, whatever its name says: 0 bytes"),
-        "page.jpg": (b"<!DOCTYPE html><html>Please log in.</html>", "file is no picture of FORMATS"),
+        "page.jpg": (
+            b"<!DOCTYPE html><html>Please log in.</html>",
+            "file is no picture of FORMATS",
+        ),
         "cut.jpg": (saved(photo, "JPEG")[:-3000], "picture does not decode: "),
         "cut.png": (saved(photo, "PNG")[:-3000], "picture does not decode: "),
         "cut.webp": (saved(photo, "WEBP")[:-300], "picture does not decode: "),
         "exif.jpg": (unknown_type, "picture does not decode: "),
         "program.jpg": (saved(halves(), "EPS"), "file is no picture of FORMATS"),
         "dot.png": (saved(halves(size=(1, 1)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 1x1"),
-        "strip.png": (saved(halves(size=(10_000, 10)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 10000x10"),
-        "ratio.png": (saved(halves(size=(5601, 28)), "PNG"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 5601x28"),
-        "bomb.png": (png(20_000, 15_000, b"decoded"), "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 20000x15000"),
-        "16 bits.png": (saved(Image.new("I;16", (96, 64), 9000), "PNG"), "more than 8 bits a colour"),
+        "strip.png": (
+            saved(halves(size=(10_000, 10)), "PNG"),
+            "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 10000x10",
+        ),
+        "ratio.png": (
+            saved(halves(size=(5601, 28)), "PNG"),
+            "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 5601x28",
+        ),
+        "bomb.png": (
+            png(20_000, 15_000, b"decoded"),
+            "MIN_SIDE, MAX_RATIO or MAX_PIXELS: 20000x15000",
+        ),
+        "16 bits.png": (
+            saved(Image.new("I;16", (96, 64), 9000), "PNG"),
+            "more than 8 bits a colour",
+        ),
         "32 bits.tif": (saved(Image.new("I", (96, 64), 9000), "TIFF"), "more than 8 bits a colour"),
         "numbers.tif": (saved(Image.new("F", (96, 64), 0.5), "TIFF"), "more than 8 bits a colour"),
     }
@@ -438,7 +524,8 @@ def converted(tmp_path_factory):
 def training():
     """train.py as a module, with the small model's processor: its own way to open a picture."""
     train = launch.load(
-        "train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"]
+        "train.py",
+        [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"],
     )
     return train, train.CaptionCollator(*train.load_processor())
 
@@ -453,7 +540,9 @@ def test_pictures_that_are_refused(converted, name):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, reason) in KINDS.items() if not reason])
-def test_pictures_that_are_accepted_are_opened_by_the_training(converted, training, monkeypatch, name):
+def test_pictures_that_are_accepted_are_opened_by_the_training(
+    converted, training, monkeypatch, name
+):
     """Guards the agreement of the two scripts: accepted here; upright, light left and dark right there."""
     (_, folder), (train, collator) = converted, training
     monkeypatch.setattr(train, "DATA_JSON", str(folder / "data_vl.json"))
@@ -471,7 +560,9 @@ def test_pictures_that_are_accepted_are_opened_by_the_training(converted, traini
 
 
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("name", ["a.jpg", "sub\\b.jpg", "./sub/../a.jpg", "../outside.jpg", "ABSOLUTE", "FILE"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "sub\\b.jpg", "./sub/../a.jpg", "../outside.jpg", "ABSOLUTE", "FILE"]
+)
 def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path, name, linked):
     """Guards the way from the CSV's folder to the JSON's, links between them included, by opening the file there."""
     train, collator = training
@@ -493,7 +584,11 @@ def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path
     monkeypatch.setattr(train, "DATA_JSON", str(folder / "out/data.json"))
     monkeypatch.setattr(train, "IMAGE_FOLDERS", [str(folder), str(tmp_path)])
     [(found, *_)] = train.parse_record(record, collator.processor)["pictures"]
-    expected = folder / "mine" / ("sub/b.jpg" if "b.jpg" in name else "../outside.jpg" if "outs" in name else "a.jpg")
+    expected = (
+        folder
+        / "mine"
+        / ("sub/b.jpg" if "b.jpg" in name else "../outside.jpg" if "outs" in name else "a.jpg")
+    )
     assert os.path.samefile(found, expected)
 
 
@@ -527,7 +622,10 @@ def test_the_json_is_open_in_another_program(folder, script, monkeypatch):
     monkeypatch.setattr(script.os, "replace", refuse)
     monkeypatch.setattr(script.signal, "signal", lambda *_: None)
     monkeypatch.setattr(script.sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SystemExit, match="(?s)data_vl.json can't be written.*Access is denied.*close what has it open"):
+    with pytest.raises(
+        SystemExit,
+        match="(?s)data_vl.json can't be written.*Access is denied.*close what has it open",
+    ):
         script.main()
     assert (folder / "data_vl.json").read_text() == "the older one"
     assert not (folder / "data_vl.json.tmp").exists()
@@ -563,7 +661,10 @@ def work(folder):
     large = picture(folder / "large.jpg", (1000, 1000))
     for number in range(150):
         os.link(large, folder / f"{number}.jpg")
-    table(folder / "coco-2024-dataset.csv", [(f"{n % 150}.jpg", f"{n} dogs on a beach") for n in range(30_000)])
+    table(
+        folder / "coco-2024-dataset.csv",
+        [(f"{n % 150}.jpg", f"{n} dogs on a beach") for n in range(30_000)],
+    )
     return folder
 
 
@@ -600,7 +701,9 @@ def test_stopped_while_the_threads_decode(folder, sent, seconds):
     done = run_and_stop("csv2json.py", folder, GUARD, seconds, sent)
     assert time.monotonic() - start < seconds + 2
     assert done.returncode == 128 + sent and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1] == "Stopped. No file is half written: run again to start over."
+    assert (
+        done.stderr.splitlines()[-1] == "Stopped. No file is half written: run again to start over."
+    )
     assert (folder / "data_vl.json").read_text() == "the older one"
     table(folder / "coco-2024-dataset.csv", [("0.png", "a dog")])
     assert len(convert(folder)) == 1 and not (folder / "data_vl.json.tmp").exists()

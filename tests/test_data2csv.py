@@ -19,7 +19,9 @@ OFFICIAL_HOST = "/train2014/"
 LOADER = "/api/v1/datasets/"
 
 
-def data2csv(hub: Hub, folder: Path, fallbacks: bool = False, **constants) -> subprocess.CompletedProcess:
+def data2csv(
+    hub: Hub, folder: Path, fallbacks: bool = False, **constants
+) -> subprocess.CompletedProcess:
     """Run it in `folder`, unmodified but for `constants` and, where a test needs them, the fallbacks' addresses."""
     if fallbacks:
         constants = {**hub.constants("data2csv.py"), "BACKOFF": 0, **constants}
@@ -51,7 +53,10 @@ def test_images_and_captions_in_table_order(hub, folder):
     assert [tuple(row.values()) for row in read_csv(folder / "coco-2024-dataset.csv")] == [
         ("coco_2014_caption/57870.jpg", "A restaurant has modern wooden tables and chairs."),
         ("coco_2014_caption/57870.jpg", "A long restaurant table with rattan rounded back chairs."),
-        ("coco_2014_caption/384029.jpg", "A man preparing desserts in a kitchen covered in frosting."),
+        (
+            "coco_2014_caption/384029.jpg",
+            "A man preparing desserts in a kitchen covered in frosting.",
+        ),
         ("coco_2014_caption/384029.jpg", 'A chef says "done", wipes a plate, and smiles.'),
         ("coco_2014_caption/222016.jpg", "a big red telephone booth that a man is standing in"),
     ]
@@ -70,13 +75,19 @@ def test_bytes_as_served(hub, folder, pictures):
     for file in images(folder):
         served = (pictures / "images" / file.name).read_bytes()
         assert hashlib.sha256(file.read_bytes()).digest() == hashlib.sha256(served).digest()
-    assert (folder / "coco-2024-dataset.csv").read_bytes().startswith(b"image_path,caption\ncoco_2014_caption/")
+    assert (
+        (folder / "coco-2024-dataset.csv")
+        .read_bytes()
+        .startswith(b"image_path,caption\ncoco_2014_caption/")
+    )
 
 
 def test_more_images_asked_than_there_are(hub, folder):
     """It must take all of them and say so, not wait, fail or repeat some."""
     run = data2csv(hub, folder)
-    assert run.returncode == 0 and "MAX_DATA_NUMBER is 500, but the table has 6 images" in run.stdout
+    assert (
+        run.returncode == 0 and "MAX_DATA_NUMBER is 500, but the table has 6 images" in run.stdout
+    )
     assert len(read_csv(folder / "coco-2024-dataset.csv")) == len(CAPTIONS)
 
 
@@ -88,13 +99,18 @@ def test_second_run_fetches_nothing_and_a_larger_one_only_what_is_missing(hub, f
     assert data2csv(hub, folder, MAX_DATA_NUMBER=4).returncode == 0
     assert hub.requests == [] and files(folder) == first
     data2csv(hub, folder, MAX_DATA_NUMBER=6)
-    assert [path.rpartition("_")[2] for path in sorted(hub.requests)] == ["000000069675.jpg", "000000547471.jpg"]
+    assert [path.rpartition("_")[2] for path in sorted(hub.requests)] == [
+        "000000069675.jpg",
+        "000000547471.jpg",
+    ]
 
 
 def test_table_columns_missing(hub, folder):
     """Forks wrote "Image 1 from COCO dataset" where the caption column was missing: no caption is ever guessed."""
     with zipfile.ZipFile(hub.temporary / "train2014.csv.zip", "w") as archive:
-        archive.writestr("train2014.csv", "uniq_id,image_id,text,image\n0,1,hello,http://127.0.0.1/1.jpg\n")
+        archive.writestr(
+            "train2014.csv", "uniq_id,image_id,text,image\n0,1,hello,http://127.0.0.1/1.jpg\n"
+        )
     run = data2csv(hub, folder)
     assert run.returncode != 0 and "has no column ['caption']" in run.stderr
     assert "Traceback" not in run.stderr and files(folder) == {}
@@ -103,7 +119,10 @@ def test_table_columns_missing(hub, folder):
 def test_image_id_that_is_a_path(hub, folder, tmp_path):
     """The image_id becomes a file name: ../../x must not be written two folders up."""
     with zipfile.ZipFile(hub.temporary / "train2014.csv.zip", "w") as archive:
-        archive.writestr("t.csv", f"image_id,caption,image\n../../x,hello,{hub.url}{FIRST_HOST}{57870:012d}.jpg\n")
+        archive.writestr(
+            "t.csv",
+            f"image_id,caption,image\n../../x,hello,{hub.url}{FIRST_HOST}{57870:012d}.jpg\n",
+        )
     before = set(tmp_path.rglob("*.jpg"))
     run = data2csv(hub, folder)
     assert run.returncode != 0 and "'../../x'" in run.stderr and "Traceback" not in run.stderr
@@ -130,7 +149,9 @@ def test_folder_alone_means_nothing(hub, folder):
     assert len(read_csv(folder / "coco-2024-dataset.csv")) == len(CAPTIONS)
 
 
-@pytest.mark.parametrize("fault", [status(403), status(500), html, cut_short], ids=["403", "500", "html", "cut"])
+@pytest.mark.parametrize(
+    "fault", [status(403), status(500), html, cut_short], ids=["403", "500", "html", "cut"]
+)
 def test_first_host_fails(hub, folder, pictures, fault):
     """With the table's host refusing, or giving a login page with status 200, the official host serves the pictures."""
     hub.faults[FIRST_HOST] = fault
@@ -160,7 +181,11 @@ def test_picture_that_nobody_has(hub, folder):
     for host in (FIRST_HOST, OFFICIAL_HOST):
         hub.faults[f"{host}COCO_train2014_{384029:012d}.jpg"] = status(404)
     run = data2csv(hub, folder, fallbacks=True, MAX_DATA_NUMBER=3, CAPTIONS_PER_IMAGE=1)
-    assert run.returncode == 0 and "1 replaced" in run.stdout and "Image 384029" in run.stdout + run.stderr
+    assert (
+        run.returncode == 0
+        and "1 replaced" in run.stdout
+        and "Image 384029" in run.stdout + run.stderr
+    )
     paths = [row["image_path"] for row in read_csv(folder / "coco-2024-dataset.csv")]
     assert paths == [f"coco_2014_caption/{number}.jpg" for number in (57870, 222016, 520950)]
     assert [file.name for file in images(folder)] == sorted(Path(path).name for path in paths)
@@ -175,7 +200,11 @@ def test_both_hosts_dead(tmp_path, folder):
         hub.faults = {FIRST_HOST: status(404), OFFICIAL_HOST: status(404)}
         hub.requests.clear()
         run = data2csv(hub, folder, fallbacks=True, MAX_DATA_NUMBER=300)
-        assert run.returncode != 0 and "32 images in a row failed" in run.stderr and "Traceback" not in run.stderr
+        assert (
+            run.returncode != 0
+            and "32 images in a row failed" in run.stderr
+            and "Traceback" not in run.stderr
+        )
         assert len(hub.requests) < 4 * (32 + 16)
         assert files(folder) == first
 
@@ -185,7 +214,9 @@ def test_host_that_is_down_is_asked_last(tmp_path, folder):
     rows = [(f"images/{number}.jpg", "a caption") for number in range(1, 101)]
     with Hub(write_pictures(tmp_path / "many", rows, size=(16, 16))) as hub:
         hub.faults[FIRST_HOST] = status(404)
-        second_host = hub.constants("data2csv.py")["OFFICIAL_IMAGE_URL"].replace("127.0.0.1", "localhost")
+        second_host = hub.constants("data2csv.py")["OFFICIAL_IMAGE_URL"].replace(
+            "127.0.0.1", "localhost"
+        )
         run = data2csv(hub, folder, OFFICIAL_IMAGE_URL=second_host, DOWNLOAD_THREADS=4)
         assert run.returncode == 0 and "100 images" in run.stdout and "0 replaced" in run.stdout
         assert sum(path.startswith(FIRST_HOST) for path in hub.requests) < 20
@@ -214,7 +245,9 @@ def test_loader_and_tables_gone_then_annotations(hub, folder):
     assert "order differs" in run.stdout
     rows = read_csv(folder / "coco-2024-dataset.csv")
     assert Counter(row["image_path"] for row in rows)["coco_2014_caption/57870.jpg"] == 3
-    assert {" ".join(caption.split()) for _, caption in CAPTIONS} == {row["caption"] for row in rows}
+    assert {" ".join(caption.split()) for _, caption in CAPTIONS} == {
+        row["caption"] for row in rows
+    }
     assert not any(path.startswith(FIRST_HOST) for path in hub.requests)
 
 
@@ -229,7 +262,12 @@ def test_no_table_anywhere(hub, folder):
 
 def test_empty_captions(tmp_path, folder):
     """A caption of spaces only is dropped and counted; an image that has no other is no image of the data set."""
-    rows = [("images/1.jpg", "  \n"), ("images/1.jpg", "a dog"), ("images/2.jpg", " "), ("images/3.jpg", "a cat")]
+    rows = [
+        ("images/1.jpg", "  \n"),
+        ("images/1.jpg", "a dog"),
+        ("images/2.jpg", " "),
+        ("images/3.jpg", "a cat"),
+    ]
     with Hub(write_pictures(tmp_path / "pictures", rows)) as hub:
         run = data2csv(hub, folder, CSV_PATH="lists/all.csv")
         assert "2 images" in run.stdout and "2 empty captions" in run.stdout
@@ -240,7 +278,8 @@ def test_empty_captions(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MAX_DATA_NUMBER", 0), ("MAX_DATA_NUMBER", "5"), ("CAPTIONS_PER_IMAGE", None)]
+    ("name", "value"),
+    [("MAX_DATA_NUMBER", 0), ("MAX_DATA_NUMBER", "5"), ("CAPTIONS_PER_IMAGE", None)],
 )
 def test_impossible_constants(hub, folder, name, value):
     """Told in one sentence, before anything is fetched."""
@@ -255,13 +294,19 @@ def test_ctrl_c(hub, folder):
     hub.faults[FIRST_HOST] = lambda handler: time.sleep(20)
     started = time.monotonic()
     process = subprocess.Popen(
-        command("data2csv.py"), cwd=folder, env=variables(hub.environment()), stderr=subprocess.PIPE, text=True
+        command("data2csv.py"),
+        cwd=folder,
+        env=variables(hub.environment()),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not picture_requests(hub) and time.monotonic() - started < 15:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=5)
-    assert process.returncode == 130 and "run again to go on" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 130 and "run again to go on" in errors and "Traceback" not in errors
+    )
     hub.faults.clear()
     assert data2csv(hub, folder).returncode == 0
     assert len(read_csv(folder / "coco-2024-dataset.csv")) == len(CAPTIONS)

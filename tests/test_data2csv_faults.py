@@ -32,7 +32,9 @@ from support.hub import (
 from test_data2csv import FIRST_HOST, LOADER, OFFICIAL_HOST, TABLE, data2csv, files, images
 from tools.scale_data2csv import BigHub, measure
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and usage are those of POSIX")
+posix = pytest.mark.skipif(
+    sys.platform == "win32", reason="signals, limits and usage are those of POSIX"
+)
 QUICK = {"TIMEOUT": [1, 1], "BACKOFF": 0}  # constants with which a fault costs a second
 FAULTS = {
     "hung up": hang_up,
@@ -105,9 +107,15 @@ def test_address_fault(many, folder, tmp_path, address):
     loader, many.loader_script = many.loader_script, f'URL = "{address}/train.csv.zip"'
     try:
         constants = {**many.constants("data2csv.py"), **QUICK, "MODELSCOPE_URL": address}
-        environment = {**many.environment(), "NETWORK_GUARD_LOG": str(tmp_path / "log")}  # here it is the name server
+        environment = {
+            **many.environment(),
+            "NETWORK_GUARD_LOG": str(tmp_path / "log"),
+        }  # here it is the name server
         for number, given in enumerate(
-            ({"TABLE_URLS": [address, many.url + TABLE]}, {"OFFICIAL_IMAGE_URL": address + "/{image_id}"})
+            (
+                {"TABLE_URLS": [address, many.url + TABLE]},
+                {"OFFICIAL_IMAGE_URL": address + "/{image_id}"},
+            )
         ):
             run = run_script("data2csv.py", folder, environment, **{**constants, **given})
             assert run.returncode == 0 and many.undisturbed == files(folder), (number, run.stderr)
@@ -138,7 +146,11 @@ def test_everything_dead(many, folder):
     }
     started = time.monotonic()
     run = run_script(
-        "data2csv.py", folder, {**many.environment(), "MODELSCOPE_ENDPOINT": dead}, BACKOFF=0.5, **constants
+        "data2csv.py",
+        folder,
+        {**many.environment(), "MODELSCOPE_ENDPOINT": dead},
+        BACKOFF=0.5,
+        **constants,
     )
     assert "caption table" in clean(run) and time.monotonic() - started < 25
     assert all(f"{dead}{path}" in run.stdout for path in (LOADER, TABLE, OLD_TABLE, ANNOTATIONS))
@@ -162,9 +174,14 @@ def test_killed_at_any_moment(many, tmp_path):
     def kill_and_finish(number: int) -> int:
         folder = tmp_path / str(number)
         folder.mkdir()
-        killed = run_and_stop("data2csv.py", folder, many.environment(), moments[number], **constants)
+        killed = run_and_stop(
+            "data2csv.py", folder, many.environment(), moments[number], **constants
+        )
         run = data2csv(many, folder, **constants)
-        assert run.returncode == 0 and files(folder) == many.undisturbed, (moments[number], run.stderr)
+        assert run.returncode == 0 and files(folder) == many.undisturbed, (
+            moments[number],
+            run.stderr,
+        )
         assert not list(folder.rglob("*.part"))
         return killed.returncode
 
@@ -181,16 +198,24 @@ def test_stopped(many, folder, path, sent):
     many.faults = {path: drip(pause=0.2, pieces=10_000)}
     many.requests.clear()
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command("data2csv.py"), cwd=folder, env=variables(many.environment()), **options)
+    process = subprocess.Popen(
+        command("data2csv.py"), cwd=folder, env=variables(many.environment()), **options
+    )
     started = time.monotonic()
-    while not any(asked.startswith(path) for asked in list(many.requests)) and time.monotonic() - started < 20:
+    while (
+        not any(asked.startswith(path) for asked in list(many.requests))
+        and time.monotonic() - started < 20
+    ):
         time.sleep(0.02)
     time.sleep(0.1)
     process.send_signal(sent)
     sent_at = time.monotonic()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 128 + sent and time.monotonic() - sent_at < 2
-    assert errors.endswith("Stopped. What is fetched stays: run again to go on.\n") and "Traceback" not in errors
+    assert (
+        errors.endswith("Stopped. What is fetched stays: run again to go on.\n")
+        and "Traceback" not in errors
+    )
     many.faults = {}
     assert data2csv(many, folder).returncode == 0 and files(folder) == many.undisturbed
     assert not list(folder.rglob("*.part"))
@@ -198,7 +223,10 @@ def test_stopped(many, folder, path, sent):
 
 def test_leftovers_of_a_killed_run(many, folder):
     """A killed larger run's temporary files go, though a smaller one that follows has no use for these images."""
-    leftovers = [folder / "coco_2014_caption/99.part", folder / ".cache/coco_2014_caption/train_captions.part"]
+    leftovers = [
+        folder / "coco_2014_caption/99.part",
+        folder / ".cache/coco_2014_caption/train_captions.part",
+    ]
     for leftover in leftovers:
         leftover.parent.mkdir(parents=True)
         leftover.write_bytes(b"half")
@@ -218,8 +246,14 @@ def test_disk_full(many, folder, tmp_path):
         limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", *command_line]
         options = {"capture_output": True, "encoding": "utf-8", "timeout": 60}
         run = subprocess.run(limited, cwd=folder, env=variables(hub.environment()), **options)
-        assert "File too large" in clean(run) and "Make room" in clean(run) and "no source" not in run.stdout
-        assert sum(path.endswith(".jpg") for path in hub.requests) < 30, "the rest of the queue is not fetched in vain"
+        assert (
+            "File too large" in clean(run)
+            and "Make room" in clean(run)
+            and "no source" not in run.stdout
+        )
+        assert sum(path.endswith(".jpg") for path in hub.requests) < 30, (
+            "the rest of the queue is not fetched in vain"
+        )
         assert data2csv(hub, folder).returncode == 0 and len(images(folder)) == 60
 
 
@@ -232,7 +266,11 @@ def test_less_room_than_the_images_need(many, folder):
 
 @pytest.mark.parametrize(
     ("constants", "early"),
-    [({"IMAGE_FOLDER": "a_file"}, True), ({"CSV_PATH": "a_file/x.csv"}, True), ({"CSV_PATH": "a_folder"}, False)],
+    [
+        ({"IMAGE_FOLDER": "a_file"}, True),
+        ({"CSV_PATH": "a_file/x.csv"}, True),
+        ({"CSV_PATH": "a_folder"}, False),
+    ],
 )
 def test_place_that_cannot_be_written(many, folder, constants, early):
     """A file where a folder must be, or a CSV that can't be replaced (open in Excel): one sentence that names it."""
@@ -240,7 +278,11 @@ def test_place_that_cannot_be_written(many, folder, constants, early):
     (folder / "a_folder" / "x").mkdir(parents=True)
     many.requests.clear()
     sentence = clean(data2csv(many, folder, MAX_DATA_NUMBER=2, **constants))
-    assert "a_f" in sentence and "Excel" in sentence and (folder / "a_file").read_text(encoding="utf-8") == "mine"
+    assert (
+        "a_f" in sentence
+        and "Excel" in sentence
+        and (folder / "a_file").read_text(encoding="utf-8") == "mine"
+    )
     assert (many.requests == []) == early and len(images(folder)) == (0 if early else 2)
 
 
@@ -252,20 +294,33 @@ def archive(text: str, name: str = "train.csv") -> bytes:
 
 
 HEADER = "uniq_id,image_id,caption,image\n"
-TWISTED = archive(HEADER + "0,1,a cat,x\n")[:-4] + b"\xff\0\0\0"  # its end points before its beginning: an OSError
+TWISTED = (
+    archive(HEADER + "0,1,a cat,x\n")[:-4] + b"\xff\0\0\0"
+)  # its end points before its beginning: an OSError
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK", archive(""), archive(HEADER), archive(HEADER + "0,1, ,x\n"), TWISTED])
+@pytest.mark.parametrize(
+    "damage", [b"", b"PK", archive(""), archive(HEADER), archive(HEADER + "0,1, ,x\n"), TWISTED]
+)
 def test_damaged_table(many, folder, damage):
     """In the cache it is fetched again; from a source it is refused and not kept, and the next source is asked."""
     cached = folder / ".cache/coco_2014_caption/train_captions.zip"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(damage)
     many.faults = {TABLE: lambda handler: handler.send(200, damage)}
-    assert data2csv(many, folder, fallbacks=True).returncode == 0 and files(folder) == many.undisturbed
-    many.faults = {TABLE: many.faults[TABLE], OLD_TABLE: many.faults[TABLE], ANNOTATIONS: many.faults[TABLE]}
+    assert (
+        data2csv(many, folder, fallbacks=True).returncode == 0 and files(folder) == many.undisturbed
+    )
+    many.faults = {
+        TABLE: many.faults[TABLE],
+        OLD_TABLE: many.faults[TABLE],
+        ANNOTATIONS: many.faults[TABLE],
+    }
     cached.unlink()
-    assert "caption table" in clean(data2csv(many, folder, fallbacks=True, **QUICK)) and not cached.exists()
+    assert (
+        "caption table" in clean(data2csv(many, folder, fallbacks=True, **QUICK))
+        and not cached.exists()
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -281,7 +336,8 @@ def test_truncated_file_of_another_format(many, folder, kind):
 def test_archive_whose_member_leads_out_of_the_folder(many, folder, tmp_path):
     """A member named ../../x must not be written there; nothing is unpacked."""
     table = archive(
-        f"{HEADER}0,7,a cat,{many.url}{FIRST_HOST}COCO_train2014_000000000007.jpg\n", "../../../../evil.csv"
+        f"{HEADER}0,7,a cat,{many.url}{FIRST_HOST}COCO_train2014_000000000007.jpg\n",
+        "../../../../evil.csv",
     )
     many.faults = {TABLE: lambda handler: handler.send(200, table)}
     run = data2csv(many, folder)
@@ -297,7 +353,24 @@ def test_every_constant_is_checked():
     script.check_constants()
     for name in names:
         good = getattr(script, name)
-        for bad in (True, -1, 0, "", " ", [], {}, (), ("",), (0, 0), 1.5, float("nan"), None, "http", ["x"], (1, 2, 3)):
+        for bad in (
+            True,
+            -1,
+            0,
+            "",
+            " ",
+            [],
+            {},
+            (),
+            ("",),
+            (0, 0),
+            1.5,
+            float("nan"),
+            None,
+            "http",
+            ["x"],
+            (1, 2, 3),
+        ):
             legal = {"MAX_DATA_NUMBER": (None,), "BACKOFF": (0, 1.5)}.get(
                 name, ("http",) if isinstance(good, str) else ()
             )
@@ -333,9 +406,13 @@ def test_preview(many, folder):
         assert sheet.size == (16 + 6 * (256 + 16), 16 + 4 * (192 + 2 * 16 + 72))
         cells = [sheet.convert("L").crop((x, y, x + 256, y + 192)) for x, y in corners()]
         texts = [sheet.convert("L").crop((x, y + 192 + 4, x + 256, y + 280)) for x, y in corners()]
-    assert all(cell.getextrema()[0] < 100 for cell in cells) and all(text.getextrema()[0] < 100 for text in texts)
+    assert all(cell.getextrema()[0] < 100 for cell in cells) and all(
+        text.getextrema()[0] < 100 for text in texts
+    )
     assert data2csv(many, folder).returncode == 0 and path.read_bytes() == first
-    assert min((folder / "coco_2014_caption").glob("*.jpg")).stem.isdigit()  # load_model.py takes the first
+    assert min(
+        (folder / "coco_2014_caption").glob("*.jpg")
+    ).stem.isdigit()  # load_model.py takes the first
 
 
 def corners() -> list[tuple[int, int]]:
@@ -345,8 +422,16 @@ def corners() -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("caption", "hint"),
     [
-        ("WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWW and more words " * 3, False),
-        ("两只狗 (golden retrievers) 在公园的草地上追逐一个黄色的 frisbee，旁边还有很多很多的人在看。" * 2, True),
+        (
+            "WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWW and more words "
+            * 3,
+            False,
+        ),
+        (
+            "两只狗 (golden retrievers) 在公园的草地上追逐一个黄色的 frisbee，旁边还有很多很多的人在看。"
+            * 2,
+            True,
+        ),
         ("A café, a “naïve” façade – quoted", False),
     ],
     ids=["wide", "Chinese", "Latin"],
@@ -356,9 +441,15 @@ def test_preview_captions(tmp_path, folder, caption, hint):
     rows = [(f"images/{number}.jpg", f"{caption} {number}") for number in range(1, 9)]
     with Hub(write_pictures(tmp_path / "pictures", rows)) as hub:
         run = data2csv(hub, folder, FONTS=["no such font.ttf"])
-    assert run.returncode == 0 and ("lacks Chinese letters" in run.stdout) == hint, run.stdout + run.stderr
+    assert run.returncode == 0 and ("lacks Chinese letters" in run.stdout) == hint, (
+        run.stdout + run.stderr
+    )
     with Image.open(folder / "coco_2014_caption/preview.jpg") as sheet:
         sheet = sheet.convert("L")
-    gaps = [sheet.crop((272 * column + 4, 0, 272 * column + 12, sheet.height)) for column in range(7)]
-    gaps += [sheet.crop((0, 16 + 296 * row - 12, sheet.width, 16 + 296 * row - 6)) for row in range(1, 3)]
+    gaps = [
+        sheet.crop((272 * column + 4, 0, 272 * column + 12, sheet.height)) for column in range(7)
+    ]
+    gaps += [
+        sheet.crop((0, 16 + 296 * row - 12, sheet.width, 16 + 296 * row - 6)) for row in range(1, 3)
+    ]
     assert all(gap.getextrema()[0] > 200 for gap in gaps)

@@ -35,16 +35,68 @@ SIDE = 56  # pixels of a picture's side, which makes it 4 tokens
 
 # special tokens, halves of them that a join may complete, and look-alikes that Unicode might fold into them
 pieces = st.sampled_from(
-    [*SPECIAL, "<|", "|>", "<", "|", ">", "<|im", "_end|>", "im_start", "<|im_end", "|im_end|>", "<|im_end |>"]
-    + ["＜|im_end|＞", "<｜im_end｜>", "<|IM_END|>", "<|\u200bim_end|>", "≮|im_end|>", "<\u0338|im_end|>", "|>\u0338"]
-    + ["\n", "\r\n", "\r", '"', '""', "'", ",", ";", "\t", "\\", "\\n", "\0", "\x1a", "\x85", "\u2028", "\ufeff"]
-    + ["user\n", "assistant\n", "A dog.", "一只狗。", "e\u0301", "\u0301", "🐕\u200d🦺", "\u202e", "\u00a0"]
+    [
+        *SPECIAL,
+        "<|",
+        "|>",
+        "<",
+        "|",
+        ">",
+        "<|im",
+        "_end|>",
+        "im_start",
+        "<|im_end",
+        "|im_end|>",
+        "<|im_end |>",
+    ]
+    + [
+        "＜|im_end|＞",
+        "<｜im_end｜>",
+        "<|IM_END|>",
+        "<|\u200bim_end|>",
+        "≮|im_end|>",
+        "<\u0338|im_end|>",
+        "|>\u0338",
+    ]
+    + [
+        "\n",
+        "\r\n",
+        "\r",
+        '"',
+        '""',
+        "'",
+        ",",
+        ";",
+        "\t",
+        "\\",
+        "\\n",
+        "\0",
+        "\x1a",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+    ]
+    + [
+        "user\n",
+        "assistant\n",
+        "A dog.",
+        "一只狗。",
+        "e\u0301",
+        "\u0301",
+        "🐕\u200d🦺",
+        "\u202e",
+        "\u00a0",
+    ]
     + ["=1+1", "NA", " ", "%20", "&amp;"]
 )
 letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 captions = st.lists(pieces | letters, max_size=8).map("".join)
-harmless = captions.map(lambda text: text.replace("<|", "<").replace("\0", ""))  # what is accepted more often
-halves = st.sampled_from(["\ud83d", "\udc15", "\udcff"])  # of surrogate pairs; JSON can hold them, UTF-8 can't
+harmless = captions.map(
+    lambda text: text.replace("<|", "<").replace("\0", "")
+)  # what is accepted more often
+halves = st.sampled_from(
+    ["\ud83d", "\udc15", "\udcff"]
+)  # of surrogate pairs; JSON can hold them, UTF-8 can't
 broken = st.lists(pieces | letters | halves, max_size=4).map("".join)
 
 
@@ -69,24 +121,40 @@ def script(folder):
 def test_captions_through_csv2json(script, folder, texts):
     """Guards every caption: in the JSON letter for letter, or named as bad with its reason; never changed or lost."""
     with open(script.CSV_PATH, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("image_path", "caption"), ("one.jpg", "first"), *(("one.jpg", t) for t in texts)])
+        csv.writer(file).writerows(
+            [("image_path", "caption"), ("one.jpg", "first"), *(("one.jpg", t) for t in texts)]
+        )
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         rows = script.read_rows()
         with script.new_json() as file:
             good = script.sort_out(rows, script.check_pictures(rows))
-            json.dump([script.make_record(number, row) for number, row in enumerate(good, 1)], file, ensure_ascii=False)
-    faults = [script.make_row(0, {"image_path": "one.jpg", "caption": text}).fault for text in texts]
+            json.dump(
+                [script.make_record(number, row) for number, row in enumerate(good, 1)],
+                file,
+                ensure_ascii=False,
+            )
+    faults = [
+        script.make_row(0, {"image_path": "one.jpg", "caption": text}).fault for text in texts
+    ]
     for text, fault in zip(texts, faults, strict=True):
         bad = any(token in text for token in SPECIAL) or "\0" in text or not text.strip()
         assert fault or not bad, f"{text!r} must not be accepted"
-        assert bad or not fault or script.special_token.search(text), f"{text!r} is refused: {fault}"
+        assert bad or not fault or script.special_token.search(text), (
+            f"{text!r} is refused: {fault}"
+        )
     assert said.getvalue().count("\n  line ") == sum(map(bool, faults)), "each bad row is listed"
-    kept = dict.fromkeys(["first", *(t.strip() for t, fault in zip(texts, faults, strict=True) if not fault)])
+    kept = dict.fromkeys(
+        ["first", *(t.strip() for t, fault in zip(texts, faults, strict=True) if not fault)]
+    )
     records = json.loads(Path(script.JSON_PATH).read_text(encoding="utf-8"))
-    assert [record["conversations"][1] for record in records] == [{"from": "assistant", "value": text} for text in kept]
+    assert [record["conversations"][1] for record in records] == [
+        {"from": "assistant", "value": text} for text in kept
+    ]
     question = script.PROMPT + "<|vision_start|>one.jpg<|vision_end|>"
-    assert all(record["conversations"][0] == {"from": "user", "value": question} for record in records)
+    assert all(
+        record["conversations"][0] == {"from": "user", "value": question} for record in records
+    )
 
 
 def real_processor(own):
@@ -99,14 +167,17 @@ def real_processor(own):
     vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(ranks))
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return Qwen2VLProcessor(own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template)
+    return Qwen2VLProcessor(
+        own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template
+    )
 
 
 @pytest.fixture(scope="module", params=["small vocabulary", "real vocabulary"])
 def training(request, folder):
     """train.py as a module whose DATA_JSON lies in `folder`, and its collator."""
     train = launch.load(
-        "train.py", [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"]
+        "train.py",
+        [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"],
     )
     train.DATA_JSON = str(folder / "data.json")
     processor, config = train.load_processor()
@@ -119,7 +190,9 @@ def a_picture_named(name: str, folder: Path):
     """The picture under another name as well, where this system takes such a name."""
     path = folder / name.strip().replace("\\", "/")
     made = False
-    with contextlib.suppress(OSError, ValueError):  # too long, in no such folder, or not a name at all
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # too long, in no such folder, or not a name at all
         os.link(folder / "one.jpg", path)
         made = True
     try:
@@ -141,7 +214,10 @@ def test_conversations_through_the_training(training, folder, turns, name):
     processor = collator.processor
     for number, (question, answer) in enumerate(turns):
         question += f"<|vision_start|>{name}<|vision_end|>" * (number == 0)
-        conversation += [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
+        conversation += [
+            {"from": "user", "value": question},
+            {"from": "assistant", "value": answer},
+        ]
     with a_picture_named(name, folder):
         try:
             parsed = train.parse_record({"conversations": conversation}, processor)
@@ -151,14 +227,24 @@ def test_conversations_through_the_training(training, folder, turns, name):
             return
         event("accepted")
         batch = collator(train.share_prompts([parsed], train.MAX_LENGTH))
-    json.dumps(conversation, ensure_ascii=False).encode("utf-8")  # nothing accepted is half a surrogate pair
+    json.dumps(conversation, ensure_ascii=False).encode(
+        "utf-8"
+    )  # nothing accepted is half a surrogate pair
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     count = dict.fromkeys(SPECIAL, 0)
     # the system's turn, then two a question; a picture is 4 tokens between its two marks
-    count |= {"<|im_start|>": 1 + 2 * len(turns), "<|im_end|>": 1 + 2 * len(turns), "<|image_pad|>": 4}
+    count |= {
+        "<|im_start|>": 1 + 2 * len(turns),
+        "<|im_end|>": 1 + 2 * len(turns),
+        "<|image_pad|>": 4,
+    }
     count |= {"<|vision_start|>": 1, "<|vision_end|>": 1}
     found = ids.tolist()
-    assert {token: found.count(processor.tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL} == count
+    assert {
+        token: found.count(processor.tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL
+    } == count
     learnt = processor.tokenizer.decode(labels[labels != -100])
     # Qwen's tokenizer writes accents as one letter: e and an accent come back as é
-    assert learnt == "".join(unicodedata.normalize("NFC", answer) + "<|im_end|>" for _, answer in turns)
+    assert learnt == "".join(
+        unicodedata.normalize("NFC", answer) + "<|im_end|>" for _, answer in turns
+    )

@@ -18,18 +18,21 @@ def test_modelscope_client_takes_and_resumes_a_model(tmp_path):
     (model / "sub").mkdir(parents=True)
     (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
     (model / "sub" / "weights.bin").write_bytes(bytes(range(256)) * 400)
-    code = (
-        f"from modelscope_hub.compat import snapshot_download as get; get({MODEL_ID!r}, local_dir='m', cache_dir='c')"
-    )
+    code = f"from modelscope_hub.compat import snapshot_download as get; get({MODEL_ID!r}, local_dir='m', cache_dir='c')"
     with Hub(None, {MODEL_ID: model}) as hub:
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables(hub.environment()), check=True)
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=variables(hub.environment()), check=True
+        )
         rest = requests.get(
             f"{hub.url}/api/v1/models/{MODEL_ID}/repo?FilePath=sub/weights.bin",
             headers={"Range": "bytes=1000-"},
             timeout=5,
         )
         listing = requests.get(f"{hub.url}/api/v1/models/{MODEL_ID}/repo/files", timeout=5).json()
-        assert requests.get(f"{hub.url}/api/v1/models/some/thing/repo/files", timeout=5).status_code == 404
+        assert (
+            requests.get(f"{hub.url}/api/v1/models/some/thing/repo/files", timeout=5).status_code
+            == 404
+        )
         assert hub.refusals() == []
     weights = (model / "sub" / "weights.bin").read_bytes()
     assert (tmp_path / "m" / "sub" / "weights.bin").read_bytes() == weights
@@ -53,13 +56,18 @@ for attempt in (
 """
     with Hub(None) as hub:
         run = subprocess.run(
-            [sys.executable, "-c", code], env=variables(hub.environment()), capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env=variables(hub.environment()),
+            capture_output=True,
+            text=True,
         )
         assert run.stdout.split() == ["True", "True", "True"]
         assert len(hub.refusals()) == 3
         url = f"{hub.url}/api/v1/repos/internalAccelerationInfo"
         local = f"import urllib.request; print(urllib.request.urlopen({url!r}).status)"
-        run = subprocess.run([sys.executable, "-c", local], env=variables(hub.environment()), capture_output=True)
+        run = subprocess.run(
+            [sys.executable, "-c", local], env=variables(hub.environment()), capture_output=True
+        )
         assert run.stdout.split() == [b"200"] and len(hub.refusals()) == 3
 
 
@@ -87,6 +95,11 @@ def test_launch_sets_constants_in_spawned_workers_too(tmp_path):
 
 def test_pictures_without_number_names_are_enumerated(tmp_path):
     """Any folder can be served: a file name that is no number must still get an image_id of its own."""
-    Path(tmp_path / "captions.csv").write_text("image_path,caption\nb.jpg,one\na.jpg,two\nb.jpg,three\n", "utf-8")
+    Path(tmp_path / "captions.csv").write_text(
+        "image_path,caption\nb.jpg,one\na.jpg,two\nb.jpg,three\n", "utf-8"
+    )
     with Hub(tmp_path) as hub:
-        assert {path: number for path, (number, _) in hub.pictures.items()} == {"b.jpg": 1, "a.jpg": 2}
+        assert {path: number for path, (number, _) in hub.pictures.items()} == {
+            "b.jpg": 1,
+            "a.jpg": 2,
+        }

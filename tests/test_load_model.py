@@ -84,7 +84,9 @@ class Runner:
 
     def end(self, run: SimpleNamespace, timeout: float = 60) -> subprocess.CompletedProcess:
         code = self.ask(wait=run.pid, timeout=timeout)
-        return subprocess.CompletedProcess([], code, run.out.read_text("utf-8"), run.err.read_text("utf-8"))
+        return subprocess.CompletedProcess(
+            [], code, run.out.read_text("utf-8"), run.err.read_text("utf-8")
+        )
 
     def __call__(self, work: Path, hub: Hub, env: dict[str, str] | None = None, **constants):
         """One run from start to end, against a hub that is up or was."""
@@ -153,7 +155,9 @@ def runner():
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a model folder, but for the record that load_model.py adds."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".complete.json"}
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".complete.json"
+    }
 
 
 def fetched(hub: Hub) -> list[str]:
@@ -170,7 +174,10 @@ def one_sentence(done: subprocess.CompletedProcess) -> str:
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
     """A folder after one run on a repository with traps, the hub that served it (closed since), what was printed."""
-    work, repository = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("repository") / "model"
+    work, repository = (
+        tmp_path_factory.mktemp("first"),
+        tmp_path_factory.mktemp("repository") / "model",
+    )
     shutil.copytree(TINY, repository)
     for name in ("pytorch_model.bin", "model.pt", "old/model.ckpt", "modeling_trap.py"):
         (repository / name).parent.mkdir(exist_ok=True)
@@ -183,7 +190,9 @@ def first_run(tmp_path_factory):
         done = run_script("load_model.py", work, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert hub.refusals() == []
-        written = [file for folder in (work, hub.temporary) for file in folder.rglob("*") if file.is_file()]
+        written = [
+            file for folder in (work, hub.temporary) for file in folder.rglob("*") if file.is_file()
+        ]
         leaks = [str(file) for file in written if TOKEN.encode() in file.read_bytes()]
     return SimpleNamespace(work=work, hub=hub, repository=repository, done=done, leaks=leaks)
 
@@ -223,9 +232,13 @@ def script():
 def test_files_land_where_documented(first_run):
     """The client's cache_dir puts the files under models/Qwen--.../snapshots/master, where train.py doesn't look."""
     wanted = set(contents(TINY))
-    assert contents(first_run.work / FOLDER) == {name: (first_run.repository / name).read_bytes() for name in wanted}
+    assert contents(first_run.work / FOLDER) == {
+        name: (first_run.repository / name).read_bytes() for name in wanted
+    }
     assert {path.name for path in first_run.work.iterdir()} == {"Qwen", ".cache"}
-    assert sorted(fetched(first_run.hub)) == sorted(wanted)  # each once; neither a pickle nor code among them
+    assert sorted(fetched(first_run.hub)) == sorted(
+        wanted
+    )  # each once; neither a pickle nor code among them
 
 
 def test_no_token_leaks(first_run):
@@ -237,11 +250,17 @@ def test_no_token_leaks(first_run):
 def test_what_the_run_shows(first_run):
     """Parts that don't add up to the whole mean that a tied weight was counted twice or a part forgotten."""
     stdout = first_run.done.stdout
-    lines = [line.removesuffix(" parameters") for line in stdout.splitlines() if line.endswith(" parameters")]
+    lines = [
+        line.removesuffix(" parameters")
+        for line in stdout.splitlines()
+        if line.endswith(" parameters")
+    ]
     *parts, total = [int(line.split()[-1].replace(",", "")) for line in lines]
     weights = [file.stat().st_size for file in TINY.glob("*.safetensors")]
     assert sum(parts) == total and len(parts) == 4 and parts[-1] == 0
-    assert 0.97 < 2 * total / sum(weights) <= 1  # two bytes each; the rest are the names of the tensors
+    assert (
+        0.97 < 2 * total / sum(weights) <= 1
+    )  # two bytes each; the rest are the names of the tensors
     assert "torch.bfloat16" in stdout and "transformers 5." in stdout
 
 
@@ -261,7 +280,9 @@ def test_verifying_is_seen_to_move(script, monkeypatch, tmp_path):
     (tmp_path / "large").write_bytes(bytes(5_000_000))
     assert script.is_whole("large", 5_000_000, None, bar)
     assert len(moves) >= 4 and sum(moves) == 5_000_000
-    assert not script.is_whole("large", 5_000_001, None, bar)  # a hub that gives no sum still gives the size
+    assert not script.is_whole(
+        "large", 5_000_001, None, bar
+    )  # a hub that gives no sum still gives the size
 
 
 # Faults of the network
@@ -304,7 +325,11 @@ def test_faults_that_pass(runner, folder, model_hub):
     done = runner(folder, model_hub)
     assert done.returncode == 0, done.stderr
     assert contents(folder / FOLDER) == contents(TINY)
-    assert [fetched(model_hub).count(name) for name in (SHARD, "tokenizer.json", "vocab.json")] == [2, 2, 2]
+    assert [fetched(model_hub).count(name) for name in (SHARD, "tokenizer.json", "vocab.json")] == [
+        2,
+        2,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -325,9 +350,18 @@ def test_faults_that_pass(runner, folder, model_hub):
 def test_faults_that_stay(runner, folder, model_hub, path, fault, said):
     """A traceback, a wait without an end, or a model with a hole: none of them tells the user what to do."""
     model_hub.faults[path] = fault
-    hurry = {"REPO_TREE_PAGE_MAX_ATTEMPTS": "2", "DOWNLOAD_MAX_RETRIES": "1", "DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "1"}
+    hurry = {
+        "REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
+        "DOWNLOAD_MAX_RETRIES": "1",
+        "DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "1",
+    }
     start = time.monotonic()
-    done = runner(folder, model_hub, {f"MODELSCOPE_{name}": value for name, value in hurry.items()}, STALL_SECONDS=1)
+    done = runner(
+        folder,
+        model_hub,
+        {f"MODELSCOPE_{name}": value for name, value in hurry.items()},
+        STALL_SECONDS=1,
+    )
     assert re.search(said, one_sentence(done)) and time.monotonic() - start < 15
     assert not (folder / FOLDER / ".complete.json").exists()
     if path == LISTING:
@@ -367,7 +401,10 @@ def test_limits_of_the_waiting(script, monkeypatch, tmp_path):
     limits = {"TIMEOUT": script.STALL_SECONDS, "TOTAL_TIMEOUT": script.FILE_HOURS * 3600}
     fresh = "from modelscope_hub.constants import DOWNLOAD_{0}; print(DOWNLOAD_{0})"
     for name, limit in limits.items():
-        assert subprocess.check_output([sys.executable, "-c", fresh.format(name)], text=True) == f"{limit}\n"
+        assert (
+            subprocess.check_output([sys.executable, "-c", fresh.format(name)], text=True)
+            == f"{limit}\n"
+        )
 
 
 # Faults of the disk
@@ -384,7 +421,9 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{SHARD: flip}, {"config.json": Path.unlink, "tokenizer.json": cut}], ids=["bit", "gone and cut"]
+    "damage",
+    [{SHARD: flip}, {"config.json": Path.unlink, "tokenizer.json": cut}],
+    ids=["bit", "gone and cut"],
 )
 def test_damaged_files_are_fetched_again(runner, model_hub, whole, damage):
     """A flipped bit keeps a file's size, and a model with one wrong weight loads without a word."""
@@ -406,7 +445,10 @@ def test_damaged_without_network(runner, whole, closed_hub):
 def test_disk_too_small(script, monkeypatch, tmp_path):
     """A disk that is full after 3 of 4 GB costs an hour; the listing tells the size beforehand."""
     names = {"config.json": 1, "model.safetensors": 10**18, "old/pytorch_model.bin": 10**18}
-    files = [SimpleNamespace(path=name, size=size, sha256=None, is_dir=False) for name, size in names.items()]
+    files = [
+        SimpleNamespace(path=name, size=size, sha256=None, is_dir=False)
+        for name, size in names.items()
+    ]
     monkeypatch.setattr(script, "MODEL_FOLDER", str(tmp_path / "model"))
     with pytest.raises(SystemExit, match="1000000000.0 GB are needed"):
         script.fetch(SimpleNamespace(list_repo_files=lambda *_, **__: files))
@@ -425,12 +467,16 @@ def test_disk_full_on_the_way(runner, folder, model_hub):
     assert fetched(model_hub) == [SHARD] and contents(folder / FOLDER) == contents(TINY)
 
 
-@pytest.mark.parametrize("place", ["taken", "taken/model", pytest.param("/proc/model", marks=posix)])
+@pytest.mark.parametrize(
+    "place", ["taken", "taken/model", pytest.param("/proc/model", marks=posix)]
+)
 def test_folder_that_cannot_be(runner, folder, model_hub, place):
     """A file where the folder should be, or a disk that can't be written, ended in a traceback."""
     (folder / "taken").write_text("mine")
     done = runner(folder, model_hub, MODEL_FOLDER=place)
-    assert re.search(r"Mend this and run again.*\[\w+ \d+\]", one_sentence(done)) and place in one_sentence(done)
+    assert re.search(
+        r"Mend this and run again.*\[\w+ \d+\]", one_sentence(done)
+    ) and place in one_sentence(done)
     assert (folder / "taken").read_text() == "mine" and fetched(model_hub) == []
 
 
@@ -465,17 +511,25 @@ def test_links_are_not_written_through(runner, whole, model_hub, tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("path", ["../../escaped.json", "{tmp}/escaped.json", "..\\..\\escaped.json", "C:escaped.json"])
+@pytest.mark.parametrize(
+    "path", ["../../escaped.json", "{tmp}/escaped.json", "..\\..\\escaped.json", "C:escaped.json"]
+)
 def test_nothing_is_written_outside(runner, folder, model_hub, tmp_path, path):
     """The client writes wherever the listing says: a hub, or who sits between, could replace a file of the user's."""
     path = path.format(tmp=tmp_path)
     files = [describe(file.name, file) for file in TINY.iterdir()]
     files.append({"Path": path, "Name": "escaped.json", "Type": "blob", "Size": 2, "Sha256": None})
-    model_hub.faults[LISTING] = lambda handler: handler.send(200, as_json({"Files": files}), "application/json")
+    model_hub.faults[LISTING] = lambda handler: handler.send(
+        200, as_json({"Files": files}), "application/json"
+    )
     before = sorted(tmp_path.rglob("*"))
     done = runner(folder, model_hub)
     assert "would land outside" in one_sentence(done)
-    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.parent != tmp_path] == []
+    assert [
+        path
+        for path in sorted(tmp_path.rglob("*"))
+        if path not in before and path.parent != tmp_path
+    ] == []
     assert fetched(model_hub) == []
 
 
@@ -517,11 +571,18 @@ def test_constants_are_checked(script, monkeypatch):
     """A typo in a constant must be told by name at once, not after an hour of downloading."""
     script.check_constants()
     assert {name for name in vars(script) if name.isupper()} == set(BAD)
-    assert script.MODEL_FOLDER == script.MODEL_ID  # a user who changes only the second keeps both models
-    assert f'MODEL_FOLDER = "{script.MODEL_FOLDER}"' in (TESTS.parent / "train.py").read_text(encoding="utf-8")
+    assert (
+        script.MODEL_FOLDER == script.MODEL_ID
+    )  # a user who changes only the second keeps both models
+    assert f'MODEL_FOLDER = "{script.MODEL_FOLDER}"' in (TESTS.parent / "train.py").read_text(
+        encoding="utf-8"
+    )
     for name, values in BAD.items():
         for value in values:
-            with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^{name} = .*must be") as told:
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(SystemExit, match=f"^{name} = .*must be") as told,
+            ):
                 patch.setattr(script, name, value)
                 script.check_constants()
             assert repr(value) in str(told.value)
@@ -529,7 +590,9 @@ def test_constants_are_checked(script, monkeypatch):
 
 def test_constants_are_checked_first(runner, folder, model_hub):
     """main() has to ask for that check before it asks the hub."""
-    assert "LORA_RANK = 0 at the top of load_model.py" in one_sentence(runner(folder, model_hub, LORA_RANK=0))
+    assert "LORA_RANK = 0 at the top of load_model.py" in one_sentence(
+        runner(folder, model_hub, LORA_RANK=0)
+    )
     assert model_hub.requests == []
 
 
@@ -563,7 +626,11 @@ def slow(pause: float) -> Callable:
 
 def everything(folder: Path) -> dict[str, bytes]:
     """All files of a model folder, the record among them."""
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @posix
@@ -586,7 +653,9 @@ def test_killed_at_any_moment(runner, model_hub, tmp_path):
         os.kill(run.pid, signal.SIGKILL)
         assert runner.end(run).returncode in (-signal.SIGKILL, 0)
         left.append(sum(map(len, everything(work / FOLDER).values())))
-    assert len(set(left)) >= 5, left  # the moments were different ones, most of them while files arrived
+    assert len(set(left)) >= 5, (
+        left
+    )  # the moments were different ones, most of them while files arrived
     model_hub.faults.clear()
     for batch in (works[first : first + 4] for first in range(1, 21, 4)):
         runs = [runner.start(work, model_hub.environment()) for work in batch]
@@ -596,7 +665,9 @@ def test_killed_at_any_moment(runner, model_hub, tmp_path):
 
 @posix
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("moment", ["asking the hub", "still to come", "verifying", "no network is used"])
+@pytest.mark.parametrize(
+    "moment", ["asking the hub", "still to come", "verifying", "no network is used"]
+)
 def test_stopped_with_one_sentence(runner, whole, model_hub, sent, moment):
     """A traceback, or a wait for the download under way, is no answer to Ctrl-C; nor is a spoilt folder."""
     model_hub.faults[FILE] = slow(0.2)
@@ -621,7 +692,9 @@ def test_stopped_with_one_sentence(runner, whole, model_hub, sent, moment):
     done = runner.end(run)
     assert time.monotonic() - start < 1
     assert done.returncode == 128 + sent and "Traceback" not in done.stderr
-    assert done.stderr.endswith("\nStopped. What arrived is kept: run again, it goes on where it was.\n")
+    assert done.stderr.endswith(
+        "\nStopped. What arrived is kept: run again, it goes on where it was.\n"
+    )
     model_hub.faults.clear()
     if moment == "verifying":
         (whole / FOLDER / "large").unlink()
@@ -641,10 +714,16 @@ def test_a_resumed_file_is_not_fetched_from_its_start(runner, folder, model_hub)
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
     runner.end(run)
-    model_hub.faults[FILE + SHARD] = lambda handler: (ranges.append(handler.headers["Range"]), handler.answer())
+    model_hub.faults[FILE + SHARD] = lambda handler: (
+        ranges.append(handler.headers["Range"]),
+        handler.answer(),
+    )
     model_hub.requests.clear()
     assert runner(folder, model_hub).returncode == 0
-    assert fetched(model_hub) == [SHARD] and int(ranges[0].removeprefix("bytes=").rstrip("-")) > 500_000
+    assert (
+        fetched(model_hub) == [SHARD]
+        and int(ranges[0].removeprefix("bytes=").rstrip("-")) > 500_000
+    )
     assert contents(folder / FOLDER) == contents(TINY)
 
 
@@ -683,7 +762,9 @@ def test_untied_output_head(script, monkeypatch, tmp_path, capsys):
     index = json.loads((model / "model.safetensors.index.json").read_text())
     embeddings = next(name for name in index["weight_map"] if name.endswith("embed_tokens.weight"))
     head = load_file(model / index["weight_map"][embeddings])[embeddings]
-    save_file({"lm_head.weight": head + 1}, model / "model-00003-of-00003.safetensors", {"format": "pt"})
+    save_file(
+        {"lm_head.weight": head + 1}, model / "model-00003-of-00003.safetensors", {"format": "pt"}
+    )
     index["weight_map"]["lm_head.weight"] = "model-00003-of-00003.safetensors"
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = script.load()
@@ -710,13 +791,23 @@ def test_published_shapes(script, capsys, shape, parts, lora):
         script.print_parts(model)
         script.print_memory(model)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=script.LORA_RANK, target_modules=targets))
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(r=script.LORA_RANK, target_modules=targets)
+        )
     printed = capsys.readouterr().out
-    counts = [int(line.split()[-2].replace(",", "")) for line in printed.splitlines() if line.endswith(" parameters")]
+    counts = [
+        int(line.split()[-2].replace(",", ""))
+        for line in printed.splitlines()
+        if line.endswith(" parameters")
+    ]
     assert counts == [*parts, sum(parts)]
     assert adapted.get_nb_trainable_parameters()[0] == lora
     assert fixed == pytest.approx(2 * sum(parts) + 16 * lora)
-    rows = [[float(cell) for cell in re.findall(r"\d+\.\d", line)] for line in printed.splitlines() if " | " in line]
+    rows = [
+        [float(cell) for cell in re.findall(r"\d+\.\d", line)]
+        for line in printed.splitlines()
+        if " | " in line
+    ]
     assert [len(row) for row in rows] == [0, 2, 2, 2, 2]
     assert all(with_it < without for with_it, without in rows[1:]) and sorted(rows[1:]) == rows[1:]
 
@@ -744,18 +835,36 @@ def test_memory_against_a_pass_of_train_py(script, monkeypatch, checkpointing):
     ):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
-    tokens, supervised, layers, hidden, words = 2 * (66 + 4 + 70), 2 * 70, 6, 768, 8000  # two pictures of 4 tokens
-    text = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": words, "intermediate_size": 4480}
-    text |= {"num_attention_heads": 6, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default"}}
+    tokens, supervised, layers, hidden, words = (
+        2 * (66 + 4 + 70),
+        2 * 70,
+        6,
+        768,
+        8000,
+    )  # two pictures of 4 tokens
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": words,
+        "intermediate_size": 4480,
+    }
+    text |= {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default"},
+    }
     text["rope_parameters"] |= {"mrope_section": [16, 24, 24], "rope_theta": 1e6}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": hidden}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
     base = script.Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     fixed, off, chosen = (
-        script.training_memory(base, *run) * 2**30 for run in ((0, False), (2, False), (2, checkpointing))
+        script.training_memory(base, *run) * 2**30
+        for run in ((0, False), (2, False), (2, checkpointing))
     )
-    monkeypatch.setattr(train.transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: base)
+    monkeypatch.setattr(
+        train.transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: base
+    )
     model, kept = train.load_model("cpu", torch.bfloat16).train(), {}
     if checkpointing:
         model.activation_checkpointing_enable()  # as the Trainer does
@@ -767,17 +876,32 @@ def test_memory_against_a_pass_of_train_py(script, monkeypatch, checkpointing):
 
     mask = torch.ones(2, 1, tokens // 2, tokens // 2, dtype=torch.bool).tril()
     answers = torch.arange(tokens).reshape(2, -1) % (tokens // 2) >= (tokens - supervised) // 2
-    batch = {"input_ids": torch.randint(3, words, (2, tokens // 2)), "attention_mask": mask, "use_cache": False}
-    batch |= {"labels": answers.long(), "logits_to_keep": answers, "shift_labels": torch.ones(supervised).long()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    batch = {
+        "input_ids": torch.randint(3, words, (2, tokens // 2)),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
+    batch |= {
+        "labels": answers.long(),
+        "logits_to_keep": answers,
+        "shift_labels": torch.ones(supervised).long(),
+    }
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         model(**batch)
-    counted = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in owned)
+    counted = sum(
+        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in owned
+    )
     logits = supervised * words * 14
     expected = chosen - fixed - logits
     if checkpointing:  # the layer that the backward pass computes again is not there yet
         expected -= (off - fixed - logits) / layers
     # outside of the layers: the softmax, which is the part of the logits that is kept, and the last norm's input
-    assert counted == pytest.approx(expected + 4 * supervised * words + 4 * tokens * hidden, rel=0.1)
+    assert counted == pytest.approx(
+        expected + 4 * supervised * words + 4 * tokens * hidden, rel=0.1
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Cloud:
         self.received: list[tuple[str, str]] = []  # (path, body)
         self.experiments: dict[str, str] = {}  # id: state
         self.faulty, self.healed = threading.Event(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"cloud": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (Handler,), {"cloud": self})
+        )
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -61,18 +63,33 @@ class Cloud:
     def answer(self, path: str, body: str) -> tuple[int, object]:
         """The status and the JSON for a request."""
         if path == "/api/login/api_key":
-            account = {"sid": "a session", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": {"username": "me"}}
+            account = {
+                "sid": "a session",
+                "expiredAt": "2099-01-01T00:00:00.000Z",
+                "userInfo": {"username": "me"},
+            }
             return 200, account
         if path.endswith("/experiment"):
             cuid = json.loads(body)["cuid"]
             status = 200 if cuid in self.experiments else 201
             self.experiments[cuid] = "RUNNING"
-            return status, {"cuid": cuid, "slug": cuid, "name": "one", "createdAt": "2026-01-01T00:00:00.000Z"}
+            return status, {
+                "cuid": cuid,
+                "slug": cuid,
+                "name": "one",
+                "createdAt": "2026-01-01T00:00:00.000Z",
+            }
         if path.endswith("/state"):
             self.experiments[path.split("/")[-2]] = json.loads(body)["state"]
         if path == "/api/resources/presigned/put":
             return 200, {"urls": [f"{self.url}/media/{name}" for name in json.loads(body)["paths"]]}
-        project = {"cuid": "p", "name": "p", "path": "/me/p", "version": 1, "_count": {"experiments": 0}}
+        project = {
+            "cuid": "p",
+            "name": "p",
+            "path": "/me/p",
+            "version": 1,
+            "_count": {"experiments": 0},
+        }
         return 200, {**project, "group": {"username": "me"}}
 
 
@@ -81,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self) -> None:
         path = urlsplit(self.path).path
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode("utf-8", "replace")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode(
+            "utf-8", "replace"
+        )
         cloud = self.cloud
         cloud.received.append((path, body))
         if cloud.fault and cloud.sign in path + body:
@@ -124,7 +143,12 @@ class Case:
 ONLINE = {"SWANLAB_MODE": "online"}
 POSIX_CASES = {
     # a frozen server at the end, when it was the user who ended it
-    "Ctrl-C": Case(ONLINE | {"EPOCHS": 50}, cloud={"fault": "freeze", "sign": "/state"}, code=130, interrupt=True),
+    "Ctrl-C": Case(
+        ONLINE | {"EPOCHS": 50},
+        cloud={"fault": "freeze", "sign": "/state"},
+        code=130,
+        interrupt=True,
+    ),
     "disk full": Case({"SWANLAB_MODE": "local"}, says="the disk is full now", small_disk=True),
 }
 CASES = {
@@ -136,10 +160,13 @@ CASES = {
     "frozen at the end": Case(cloud={"fault": "freeze", "sign": "/state"}, says="did not finish"),
     # transformers' documentation tells people to set this; the encoding is that of a Western Windows console
     "misnamed variable": Case(
-        environment={"SWANLAB_PROJECT": "mine", "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}, says="swanlab watch"
+        environment={"SWANLAB_PROJECT": "mine", "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"},
+        says="swanlab watch",
     ),
     "all is well": Case(cloud={}, says="View run"),
-    "training fails": Case({"LEARNING_RATE": 1e5, "WARMUP": 0.0}, cloud={}, says="The loss is nan in step", code=1),
+    "training fails": Case(
+        {"LEARNING_RATE": 1e5, "WARMUP": 0.0}, cloud={}, says="The loss is nan in step", code=1
+    ),
 } | (POSIX_CASES if os.name == "posix" else {})
 SMALL_DISK = """
 mkdir swanlog && mount -t tmpfs -o size=4m none swanlog || exit 99
@@ -175,9 +202,14 @@ def run(case: Case, work: Path, place: Path) -> Outcome:
     if case.small_disk:
         line = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "-", *line]
     with open(log, "w", encoding="utf-8") as stream:
-        process = subprocess.Popen(line, cwd=folder, env=variables(environment), stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            line, cwd=folder, env=variables(environment), stdout=stream, stderr=stream
+        )
     if case.interrupt:
-        while "'loss'" not in log.read_text(encoding="utf-8", errors="replace") and process.poll() is None:
+        while (
+            "'loss'" not in log.read_text(encoding="utf-8", errors="replace")
+            and process.poll() is None
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
     try:
@@ -185,7 +217,9 @@ def run(case: Case, work: Path, place: Path) -> Outcome:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    return Outcome(process.returncode, log.read_text(encoding="utf-8", errors="replace"), folder, cloud)
+    return Outcome(
+        process.returncode, log.read_text(encoding="utf-8", errors="replace"), folder, cloud
+    )
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +242,9 @@ def work(tmp_path_factory):
 def outcomes(work, tmp_path_factory):
     """All cases, at once: much of their time is waiting. Returns {name: future of an Outcome}."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("SWANLAB_")]:  # the developer's own
+        for name in [
+            name for name in os.environ if name.startswith("SWANLAB_")
+        ]:  # the developer's own
             patch.delenv(name)
         with ThreadPoolExecutor(os.cpu_count() + 2) as pool:
             places = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in CASES}
@@ -218,7 +254,10 @@ def outcomes(work, tmp_path_factory):
 def can_mount() -> bool:
     """Whether a process may have file systems of its own here; the tests' own user needs no rights."""
     line = ["unshare", "--map-root-user", "--mount", "true"]
-    return bool(shutil.which("unshare")) and subprocess.run(line, stderr=subprocess.DEVNULL).returncode == 0
+    return (
+        bool(shutil.which("unshare"))
+        and subprocess.run(line, stderr=subprocess.DEVNULL).returncode == 0
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -229,7 +268,9 @@ def test_a_fault_of_swanlab_neither_stops_nor_changes_a_training(outcomes, name)
     case, done = CASES[name], outcomes[name].result()
     assert done.code == case.code, done.printed
     assert case.says in done.printed
-    assert 'train.py", line' not in done.printed and "Exception ignored" not in done.printed, "a traceback"
+    assert 'train.py", line' not in done.printed and "Exception ignored" not in done.printed, (
+        "a traceback"
+    )
     if "mode online" in case.says:
         assert "swanlab sync" in done.printed, "the run is on disk, and there is a way to upload it"
     if case.code == 130:
@@ -247,7 +288,11 @@ def test_what_was_not_uploaded_is_uploaded_by_the_command_it_told(outcomes, name
     cloud = done.cloud or Cloud()
     cloud.heal()
     cloud.key, before = KEY, len(cloud.received)
-    environment = {"SWANLAB_API_HOST": cloud.url, "SWANLAB_API_KEY": KEY, "SWANLAB_ROOT": str(done.folder / "nothing")}
+    environment = {
+        "SWANLAB_API_HOST": cloud.url,
+        "SWANLAB_API_KEY": KEY,
+        "SWANLAB_ROOT": str(done.folder / "nothing"),
+    }
     line = [sys.executable, "-m", "swanlab", *advice[-1].split()]
     subprocess.run(line, env=variables(environment), timeout=60, check=True, capture_output=True)
     assert list(cloud.experiments.values()) == ["FINISHED"], "one experiment, and it is whole"
@@ -262,7 +307,11 @@ def test_no_key_is_printed_or_written(outcomes, name):
     """Guards a secret: people post logs, results.json and swanlog/ in public."""
     done = outcomes[name].result()
     assert KEY not in done.printed
-    holders = [path for path in done.folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    holders = [
+        path
+        for path in done.folder.rglob("*")
+        if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
     assert not holders
 
 
@@ -273,12 +322,23 @@ def test_the_cloud_learns_no_names_of_this_machine(outcomes, name):
     assert done.cloud.experiments and list(done.cloud.experiments.values()) == [
         "FINISHED" if done.code == 0 else "CRASHED"
     ]
-    names = {str(done.folder), str(Path.home()), f'"{socket.gethostname()}"', sys.executable, "launch.py"}
+    names = {
+        str(done.folder),
+        str(Path.home()),
+        f'"{socket.gethostname()}"',
+        sys.executable,
+        "launch.py",
+    }
     for path, body in done.cloud.received:
         body = body.replace("\\\\", "\\")
         for private in names:
-            assert private not in body, f"{path}: ...{body[max(0, body.index(private) - 200) :][:400]}"
-    [metadata] = [path.read_text("utf-8") for path in done.folder.glob("swanlog/run-*/files/swanlab-metadata.json")]
+            assert private not in body, (
+                f"{path}: ...{body[max(0, body.index(private) - 200) :][:400]}"
+            )
+    [metadata] = [
+        path.read_text("utf-8")
+        for path in done.folder.glob("swanlog/run-*/files/swanlab-metadata.json")
+    ]
     assert not any(name in metadata for name in names)
 
 
@@ -289,11 +349,19 @@ def test_the_dashboard_shows_curves_and_captions(outcomes):
         pytest.skip("no Chromium or Chrome here")
     with dashboard(done.folder / "swanlog") as address:
         page = browse(browser, address, "--dump-dom")
-    for curve in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/CIDEr"):
+    for curve in (
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "eval/loss",
+        "eval/CIDEr",
+    ):
         assert curve in page, curve
     results = json.loads((done.folder / OUTPUT / "results.json").read_text(encoding="utf-8"))
     for row in results["captions"]:
         [rows] = re.findall(r'class="[^"]*text-chart.*?</section>', page, re.DOTALL)
         for text in (row["human"][0], row["before"]["caption"], row["after"]["caption"]):
             assert text in page and text in rows, "below the pictures, and in the table of captions"
-    assert page.count("<canvas") >= 5 and page.count("data:image/jpeg;base64,") >= len(results["captions"])
+    assert page.count("<canvas") >= 5 and page.count("data:image/jpeg;base64,") >= len(
+        results["captions"]
+    )

@@ -45,7 +45,9 @@ def test_it_describes_scenes_it_never_saw(model, processor):
     inputs = processor(text=[prompt] * 48, images=pictures, return_tensors="pt")
     with torch.inference_mode():
         produced = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answers = processor.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = processor.batch_decode(
+        produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     right = [answer == scenes.wordy(scene) for answer, scene in zip(answers, chosen, strict=True)]
     assert inputs["image_grid_thw"].tolist() == [[1, 8, 8]] * 48
     assert sum(right) >= 0.9 * 48, [
@@ -55,8 +57,12 @@ def test_it_describes_scenes_it_never_saw(model, processor):
 
 def test_answers_end_by_themselves(model, processor):
     """Descriptions that run on until max_new_tokens: the token that ends an answer was not learnt, or not declared."""
-    picture = scenes.draw(scenes.Scene("circle", "red", "large", "white"), random.Random(SEED)).resize((112, 112))
-    prompt = processor.apply_chat_template(user({"type": "image"}, text("Describe this image.")), tokenize=False)
+    picture = scenes.draw(
+        scenes.Scene("circle", "red", "large", "white"), random.Random(SEED)
+    ).resize((112, 112))
+    prompt = processor.apply_chat_template(
+        user({"type": "image"}, text("Describe this image.")), tokenize=False
+    )
     prompt += "<|im_start|>assistant\n"
     inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
     produced = model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]
@@ -85,14 +91,20 @@ def test_files_are_laid_out_as_the_hubs():
         "vocab.json",
     }
     index = json.loads((FOLDER / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    assert {"model.embed_tokens.weight", "visual.patch_embed.proj.weight"} <= set(index["weight_map"])
-    assert set(index["weight_map"].values()) == {name for name in names if name.endswith(".safetensors")}
+    assert {"model.embed_tokens.weight", "visual.patch_embed.proj.weight"} <= set(
+        index["weight_map"]
+    )
+    assert set(index["weight_map"].values()) == {
+        name for name in names if name.endswith(".safetensors")
+    }
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6e6
 
 
 def test_it_loads_without_a_warning(caplog, monkeypatch):
     """A missing weight or an unknown key of the configuration is only a warning, and a model that sees nothing."""
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # it keeps its records to itself
+    monkeypatch.setattr(
+        logging.getLogger("transformers"), "propagate", True
+    )  # it keeps its records to itself
     with warnings.catch_warnings(record=True) as caught:
         AutoProcessor.from_pretrained(FOLDER)
         _, report = AutoModelForImageTextToText.from_pretrained(FOLDER, output_loading_info=True)
@@ -135,8 +147,14 @@ def test_tokenizer_gives_back_any_text(processor, caption):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ([text("请描述这张图片: "), {"type": "image"}], "请描述这张图片: <|vision_start|><|image_pad|><|vision_end|>"),
-        ([{"type": "image"}, text("COCO Yes:")], "<|vision_start|><|image_pad|><|vision_end|>COCO Yes:"),
+        (
+            [text("请描述这张图片: "), {"type": "image"}],
+            "请描述这张图片: <|vision_start|><|image_pad|><|vision_end|>",
+        ),
+        (
+            [{"type": "image"}, text("COCO Yes:")],
+            "<|vision_start|><|image_pad|><|vision_end|>COCO Yes:",
+        ),
         (
             [{"image": "a.jpg"}, text(" and\n"), {"type": "image", "image": "b.jpg"}],
             "<|vision_start|><|image_pad|><|vision_end|> and\n<|vision_start|><|image_pad|><|vision_end|>",
@@ -145,7 +163,9 @@ def test_tokenizer_gives_back_any_text(processor, caption):
 )
 def test_prompt_is_the_real_ones(processor, content, expected):
     """A template that moves the picture or strips a blank makes tests pass on a prompt that users never train."""
-    assert processor.apply_chat_template(user(*content), add_generation_prompt=True, tokenize=False) == (
+    assert processor.apply_chat_template(
+        user(*content), add_generation_prompt=True, tokenize=False
+    ) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{expected}<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -160,18 +180,27 @@ def test_held_out_scenes_are_a_tenth_and_apart():
     assert len(held_out) == 45
     trained = set(every) - held_out  # each word of a held-out scene is seen in other combinations
     for fact in ("shape", "colour", "size", "background"):
-        assert {getattr(scene, fact) for scene in held_out} <= {getattr(scene, fact) for scene in trained}
+        assert {getattr(scene, fact) for scene in held_out} <= {
+            getattr(scene, fact) for scene in trained
+        }
 
 
 def test_terse_and_wordy_captions_never_meet():
     """A terse caption that two scenes share, or that the base already gives, would count as learnt by luck."""
-    captions = [caption for scene in scenes.all_scenes() for caption in [scenes.wordy(scene), *scenes.terse(scene)]]
+    captions = [
+        caption
+        for scene in scenes.all_scenes()
+        for caption in [scenes.wordy(scene), *scenes.terse(scene)]
+    ]
     assert len(captions) == len(set(captions)) == 448 * 6
 
 
 def test_folder_holds_pictures_and_their_captions(tmp_path):
     """The same picture twice for one scene, or a caption beside the wrong picture, spoils what is learnt from it."""
-    circle, star = scenes.Scene("circle", "red", "large", "white"), scenes.Scene("star", "pink", "small", "black")
+    circle, star = (
+        scenes.Scene("circle", "red", "large", "white"),
+        scenes.Scene("star", "pink", "small", "black"),
+    )
     table = scenes.write_folder(tmp_path, [circle, star, circle], captions_per_image=2, seed=1)
     assert table.read_text(encoding="utf-8").splitlines() == [
         "image_path,caption",
@@ -182,4 +211,6 @@ def test_folder_holds_pictures_and_their_captions(tmp_path):
         "images/100002.jpg,a small pink star on a black background",
         "images/100003.jpg,a large red circle on a white background",
     ]
-    assert (tmp_path / "images/100001.jpg").read_bytes() != (tmp_path / "images/100003.jpg").read_bytes()
+    assert (tmp_path / "images/100001.jpg").read_bytes() != (
+        tmp_path / "images/100003.jpg"
+    ).read_bytes()

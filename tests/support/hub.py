@@ -39,7 +39,9 @@ MODEL_ID = "Qwen/Qwen2-VL-2B-Instruct"
 TABLE_FOLDER = "/open_data/coco_2014_caption"
 OLD_TABLE = "/coco/2014/train.csv.zip"
 ANNOTATIONS = "/annotations/annotations_trainval2014.zip"
-PICTURE_PATH = re.compile(r"(?:/open_data/coco_2014_caption)?/train2014/(COCO_train2014_\d{12}\.jpg)")
+PICTURE_PATH = re.compile(
+    r"(?:/open_data/coco_2014_caption)?/train2014/(COCO_train2014_\d{12}\.jpg)"
+)
 REPOSITORY_PATH = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
 
 LOADER_SCRIPT = '''\
@@ -87,13 +89,17 @@ class Hub:
     the handler and answers in its place: see `status`, `html` and `cut_short` below.
     """
 
-    def __init__(self, pictures: Path | None = None, models: dict[str, Path] | None = None, port: int = 0):
+    def __init__(
+        self, pictures: Path | None = None, models: dict[str, Path] | None = None, port: int = 0
+    ):
         self.port = port  # 0: any that is free
         self.folder = Path(pictures) if pictures else None
         self.models = {name: Path(path) for name, path in (models or {}).items()}
         self.requests: list[str] = []
         self.faults: dict[str, Callable[[Handler], None]] = {}
-        self.loader_script: str | None = None  # what the loader says; None: LOADER_SCRIPT with this hub's addresses
+        self.loader_script: str | None = (
+            None  # what the loader says; None: LOADER_SCRIPT with this hub's addresses
+        )
 
     def __enter__(self) -> "Hub":
         self._temporary = tempfile.TemporaryDirectory(prefix="hub_", ignore_cleanup_errors=True)
@@ -128,7 +134,14 @@ class Hub:
             "PYTHONPATH": os.pathsep.join(filter(None, [guard, os.environ.get("PYTHONPATH")])),
             "NETWORK_GUARD_LOG": str(self.temporary / "network_guard.log"),
         }
-        proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        proxies = (
+            "http_proxy",
+            "https_proxy",
+            "all_proxy",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+        )
         return variables | dict.fromkeys(proxies, "")
 
     def constants(self, script: str) -> dict[str, object]:
@@ -158,9 +171,13 @@ class Hub:
         """image_path -> (image_id, file), as in captions.csv; the id is the file's name where that is a number."""
         paths = list(dict.fromkeys(path for path, _ in self.rows()))
         names = [Path(path).stem for path in paths]
-        by_name = all(name.isascii() and name.isdigit() for name in names) and len(set(map(int, names))) == len(names)
+        by_name = all(name.isascii() and name.isdigit() for name in names) and len(
+            set(map(int, names))
+        ) == len(names)
         ids = map(int, names) if by_name else range(1, len(paths) + 1)
-        return {path: (image_id, self.folder / path) for path, image_id in zip(paths, ids, strict=True)}
+        return {
+            path: (image_id, self.folder / path) for path, image_id in zip(paths, ids, strict=True)
+        }
 
     @functools.cached_property
     def official_names(self) -> dict[str, Path]:
@@ -180,12 +197,19 @@ class Hub:
         if path in (TABLE_FOLDER + "/train2014.csv.zip", OLD_TABLE):
             return self._made("train2014.csv.zip", "train2014.csv", self._write_table)
         if path == ANNOTATIONS:
-            return self._made("annotations.zip", "annotations/captions_train2014.json", self._write_annotations)
+            return self._made(
+                "annotations.zip", "annotations/captions_train2014.json", self._write_annotations
+            )
         return None
 
-    def _find_in_repository(self, kind: str, name: str, listing: str | None, query) -> Path | bytes | None:
+    def _find_in_repository(
+        self, kind: str, name: str, listing: str | None, query
+    ) -> Path | bytes | None:
         if kind == "models" and name in self.models:
-            files = {file.relative_to(self.models[name]).as_posix(): file for file in walk(self.models[name])}
+            files = {
+                file.relative_to(self.models[name]).as_posix(): file
+                for file in walk(self.models[name])
+            }
         elif kind == "datasets" and name == DATASET_ID and self.folder:
             script = self.temporary / "coco_2014_caption.py"
             script.write_bytes(self.loader_script.encode())
@@ -201,8 +225,12 @@ class Hub:
         archive = self.temporary / name
         with self._making:
             if not archive.exists():
-                with zipfile.ZipFile(archive.with_suffix(".part"), "w", zipfile.ZIP_DEFLATED) as zipped:
-                    with io.TextIOWrapper(zipped.open(member, "w"), encoding="utf-8", newline="") as file:
+                with zipfile.ZipFile(
+                    archive.with_suffix(".part"), "w", zipfile.ZIP_DEFLATED
+                ) as zipped:
+                    with io.TextIOWrapper(
+                        zipped.open(member, "w"), encoding="utf-8", newline=""
+                    ) as file:
                         write(file)
                 os.replace(archive.with_suffix(".part"), archive)
         return archive
@@ -224,7 +252,10 @@ class Hub:
 
     def _write_annotations(self, file: io.TextIOBase) -> None:
         """The captions in COCO's own format."""
-        images = [{"id": number, "file_name": official_name(number)} for number, _ in self.pictures.values()]
+        images = [
+            {"id": number, "file_name": official_name(number)}
+            for number, _ in self.pictures.values()
+        ]
         annotations = [
             {"id": key, "image_id": self.pictures[path][0], "caption": caption}
             for key, (path, caption) in enumerate(self.rows())
@@ -279,14 +310,33 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         with open(found, "rb") as file:
             file.seek(first)
-            self.send(206 if start else 200, file, "application/octet-stream", share, last - first + 1, headers)
+            self.send(
+                206 if start else 200,
+                file,
+                "application/octet-stream",
+                share,
+                last - first + 1,
+                headers,
+            )
 
-    def send(self, code: int, body, kind: str = "text/plain", share: float = 1.0, length=None, headers=None) -> None:
+    def send(
+        self,
+        code: int,
+        body,
+        kind: str = "text/plain",
+        share: float = 1.0,
+        length=None,
+        headers=None,
+    ) -> None:
         """Send `body`: bytes, or a file that is open at its first byte, `length` bytes of it."""
         if isinstance(body, bytes):
             body, length = io.BytesIO(body), len(body)
         self.send_response(code)
-        for name, value in {"Content-Type": kind, "Content-Length": length, **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": length,
+            **(headers or {}),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         left = int(length * share) if self.command == "GET" else 0
@@ -390,7 +440,13 @@ def describe(path: str, file: Path) -> dict:
     """One file in a ModelScope listing."""
     about = file.stat()
     digest = sha256(file, about.st_size, about.st_mtime_ns)
-    return {"Path": path, "Name": file.name, "Type": "blob", "Size": about.st_size, "Sha256": digest}
+    return {
+        "Path": path,
+        "Name": file.name,
+        "Type": "blob",
+        "Size": about.st_size,
+        "Sha256": digest,
+    }
 
 
 @functools.cache
@@ -411,9 +467,14 @@ def main() -> None:
     if not (Path(sys.argv[1]) / "captions.csv").is_file():
         raise SystemExit(f"{sys.argv[1]}: holds no captions.csv (columns image_path,caption).")
     with Hub(Path(sys.argv[1]), models, PORT) as hub:
-        print(f"# {len(hub.pictures)} pictures, {len(models)} model at {hub.url}, until Ctrl-C", flush=True)
+        print(
+            f"# {len(hub.pictures)} pictures, {len(models)} model at {hub.url}, until Ctrl-C",
+            flush=True,
+        )
         for name, value in hub.environment().items():
-            print(f"set {name}={value}" if os.name == "nt" else f"export {name}='{value}'", flush=True)
+            print(
+                f"set {name}={value}" if os.name == "nt" else f"export {name}='{value}'", flush=True
+            )
         try:
             while True:
                 time.sleep(3600)

@@ -16,8 +16,15 @@ if __name__ == "__main__":
     get_peft_model = peft.get_peft_model
 
     def get_and_tell(model, config):
-        layers = [name for name, layer in model.named_modules() if isinstance(layer, modules.Linear4bit)]
-        print("in 4 bits:", *dict.fromkeys(name.rpartition(".")[2] for name in layers), file=sys.stderr, flush=True)
+        layers = [
+            name for name, layer in model.named_modules() if isinstance(layer, modules.Linear4bit)
+        ]
+        print(
+            "in 4 bits:",
+            *dict.fromkeys(name.rpartition(".")[2] for name in layers),
+            file=sys.stderr,
+            flush=True,
+        )
         return get_peft_model(model, config)
 
     peft.get_peft_model = get_and_tell

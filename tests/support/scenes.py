@@ -21,7 +21,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"large": (0.72, 0.82), "small": (0.42, 0.50)}  # the figure's diameter, as a share of the picture's side
+SIZES = {
+    "large": (0.72, 0.82),
+    "small": (0.42, 0.50),
+}  # the figure's diameter, as a share of the picture's side
 COLOURS = {
     "red": (215, 30, 35),
     "yellow": (245, 215, 30),
@@ -92,7 +95,10 @@ def _corners(shape: str, radius: float, tilt: float) -> list[tuple[float, float]
     elif shape == "triangle":
         spokes = [(-90 + 120 * corner, radius) for corner in range(3)]
     else:  # a star of five points: outer and inner corners in turn
-        spokes = [(-90 + 36 * corner, radius if corner % 2 == 0 else 0.40 * radius) for corner in range(10)]
+        spokes = [
+            (-90 + 36 * corner, radius if corner % 2 == 0 else 0.40 * radius)
+            for corner in range(10)
+        ]
     angles = [(math.radians(angle + tilt), length) for angle, length in spokes]
     return [(length * math.cos(angle), length * math.sin(angle)) for angle, length in angles]
 
@@ -121,13 +127,20 @@ def draw(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     if scene.shape == "circle":
         radius *= 0.88  # about the area that the other shapes have
-        pen.ellipse((centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius), fill=fill)
+        pen.ellipse(
+            (centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius), fill=fill
+        )
     else:
-        pen.polygon([(centre_x + x, centre_y + y) for x, y in _corners(scene.shape, radius, tilt)], fill=fill)
+        pen.polygon(
+            [(centre_x + x, centre_y + y) for x, y in _corners(scene.shape, radius, tilt)],
+            fill=fill,
+        )
     return _light_and_grain(picture.resize((side, side), Image.Resampling.BOX), rng)
 
 
-def write_folder(folder: Path, scenes: Iterable[Scene], captions_per_image: int = 5, seed: int = 0) -> Path:
+def write_folder(
+    folder: Path, scenes: Iterable[Scene], captions_per_image: int = 5, seed: int = 0
+) -> Path:
     """Writes a picture and terse captions of each scene (a scene given twice gets two); returns the CSV's path.
 
     `folder/images/NUMBER.jpg` in the order of `scenes`, and `folder/captions.csv` (UTF-8, `image_path,caption`, one row
@@ -143,7 +156,9 @@ def write_folder(folder: Path, scenes: Iterable[Scene], captions_per_image: int 
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(["image_path", "caption"])
         for turn in range(captions_per_image):
-            rows.writerows([name, terse(scene)[turn]] for name, scene in zip(names, scenes, strict=True))
+            rows.writerows(
+                [name, terse(scene)[turn]] for name, scene in zip(names, scenes, strict=True)
+            )
     return table
 
 

@@ -24,12 +24,21 @@ def begin_as_on_cards(self, *args, **kwargs):
 
 def prepare_and_tell(*args):
     model = prepare(*args)
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-    print(f"holds {held / sum(p.numel() for p in model.parameters()):.2f} of the model", file=sys.stderr, flush=True)
+    held = sum(
+        p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters()
+    )
+    print(
+        f"holds {held / sum(p.numel() for p in model.parameters()):.2f} of the model",
+        file=sys.stderr,
+        flush=True,
+    )
     return model
 
 
 if __name__ == "__main__":
-    state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model = begin_as_on_cards, prepare_and_tell
+    state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model = (
+        begin_as_on_cards,
+        prepare_and_tell,
+    )
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -26,7 +26,14 @@ from demo import CONSTANTS, SCENES, rehearse
 from support.scenes import all_scenes, write_folder
 
 ASSETS = Path(__file__).resolve().parents[2] / ".github/assets"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+)
 DASHBOARD_SIZE, REPORT_SIZE = (1200, 1330), (1200, 1400)  # pixels of the browser's window
 WIDTH, COLOURS = 1200, 200  # of a PNG, at most: they keep each below 300 KB
 
@@ -39,11 +46,20 @@ def find_browser() -> str | None:
 def browse(browser: str, address: str, *options: str) -> str:
     """Open an address in a headless browser, give its scripts 30 seconds of their own clock; returns what it prints."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        line = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--lang=en", f"--user-data-dir={profile}"]
+        line = [
+            browser,
+            "--headless",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--lang=en",
+            f"--user-data-dir={profile}",
+        ]
         line += ["--virtual-time-budget=30000", *options, address]
         if hasattr(os, "geteuid") and os.geteuid() == 0:  # its sandbox refuses to run as root
             line.insert(1, "--no-sandbox")
-        return subprocess.run(line, capture_output=True, encoding="utf-8", timeout=120, check=True).stdout
+        return subprocess.run(
+            line, capture_output=True, encoding="utf-8", timeout=120, check=True
+        ).stdout
 
 
 @contextlib.contextmanager
@@ -60,7 +76,9 @@ def dashboard(log_folder: Path) -> Iterator[str]:
             with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10):
                 break
             if server.poll() is not None:
-                raise SystemExit(f"`{' '.join(line)}` ended by itself with code {server.returncode}.")
+                raise SystemExit(
+                    f"`{' '.join(line)}` ended by itself with code {server.returncode}."
+                )
             time.sleep(0.1)
         yield f"{address}/experiment/1/chart"
     finally:
@@ -71,7 +89,11 @@ def dashboard(log_folder: Path) -> Iterator[str]:
 def shrink(picture: Path, target: Path) -> None:
     """Save a picture as a small PNG, in one rename."""
     with Image.open(picture) as image:
-        image = ImageOps.contain(image.convert("RGB"), (WIDTH, image.height)) if image.width > WIDTH else image
+        image = (
+            ImageOps.contain(image.convert("RGB"), (WIDTH, image.height))
+            if image.width > WIDTH
+            else image
+        )
         palette = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
         palette.save(f"{target}.tmp", "PNG", optimize=True)
     os.replace(f"{target}.tmp", target)
@@ -88,11 +110,17 @@ def photograph(browser: str, address: str, size: tuple[int, int], target: Path) 
 
 def main() -> None:
     if not (browser := find_browser()):
-        raise SystemExit("The screenshots need Chromium or Chrome: install one (apt install chromium), then run again.")
+        raise SystemExit(
+            "The screenshots need Chromium or Chrome: install one (apt install chromium), then run again."
+        )
     with tempfile.TemporaryDirectory(prefix="assets_") as place:
         folder = Path(place)
         write_folder(folder / "scenes", random.Random(0).sample(all_scenes(), SCENES))
-        rehearse(folder / "scenes", folder, {script: dict(values) for script, values in CONSTANTS.items()})
+        rehearse(
+            folder / "scenes",
+            folder,
+            {script: dict(values) for script, values in CONSTANTS.items()},
+        )
         ASSETS.mkdir(parents=True, exist_ok=True)
         shrink(folder / "coco_2014_caption/preview.jpg", ASSETS / "preview.png")
         with dashboard(folder / "swanlog") as address:

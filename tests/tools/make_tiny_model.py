@@ -22,7 +22,12 @@ from statistics import mean
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
@@ -34,11 +39,21 @@ FOLDER = Path(__file__).resolve().parents[1] / "support/tiny_qwen2vl"
 # model
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS, TEXT_KV_HEADS, TEXT_MLP = 128, 3, 4, 2, 384
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 3, 4
-INITIALIZER_RANGE = 0.06  # standard deviation of fresh weights; the usual 0.02 learns slowly at these widths
+INITIALIZER_RANGE = (
+    0.06  # standard deviation of fresh weights; the usual 0.02 learns slowly at these widths
+)
 VOCABULARY = 640  # entries at most, 256 bytes among them; fewer once every word is whole; special tokens come on top
 # data
-PICTURES = {(112, 112): 8000, (84, 84): 600, (140, 140): 600}  # pictures drawn of each size, height x width in pixels
-SIZE_SHARES = {(112, 112): 0.94, (84, 84): 0.03, (140, 140): 0.03}  # share of the steps that a size gets
+PICTURES = {
+    (112, 112): 8000,
+    (84, 84): 600,
+    (140, 140): 600,
+}  # pictures drawn of each size, height x width in pixels
+SIZE_SHARES = {
+    (112, 112): 0.94,
+    (84, 84): 0.03,
+    (140, 140): 0.03,
+}  # share of the steps that a size gets
 # training
 STEPS = 5000
 REPEATING_SHARE = 0.15  # share of the steps that practise text alone, or words outside the descriptions stay unknown
@@ -74,9 +89,7 @@ SPECIAL_TOKENS = (  # Qwen2-VL's, in its order
 ).split()
 
 # How Qwen2 cuts text into words before the merges: contractions, words with the space before them, single digits, ...
-WORD_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Same text as Qwen2-VL's own template for every conversation of text, pictures and videos.
 CHAT_TEMPLATE = """
@@ -136,11 +149,17 @@ def learn_vocabulary(folder: Path) -> dict[str, int]:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    captions = [text for scene in scenes.all_scenes() for text in [scenes.wordy(scene), *scenes.terse(scene)]]
+    captions = [
+        text
+        for scene in scenes.all_scenes()
+        for text in [scenes.wordy(scene), *scenes.terse(scene)]
+    ]
     turns = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     questions = [text for prompt in PROMPTS for text in prompt]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(captions + turns + questions, trainer)
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
@@ -152,7 +171,9 @@ def learn_vocabulary(folder: Path) -> dict[str, int]:
 def write_configuration(folder: Path, ids: dict[str, int]) -> None:
     """The JSON files beside the weights, with the keys that the hub's repository has."""
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
-    head = TEXT_WIDTH // TEXT_HEADS // 2  # rotary frequencies of a head, shared out to time, height and width
+    head = (
+        TEXT_WIDTH // TEXT_HEADS // 2
+    )  # rotary frequencies of a head, shared out to time, height and width
     sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -216,7 +237,9 @@ def write_configuration(folder: Path, ids: dict[str, int]) -> None:
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     tokenizer = {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(ids[token]): {"content": token, **flags, "special": True} for token in ids},
+        "added_tokens_decoder": {
+            str(ids[token]): {"content": token, **flags, "special": True} for token in ids
+        },
         "additional_special_tokens": SPECIAL_TOKENS[1:],
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
@@ -235,16 +258,22 @@ def write_configuration(folder: Path, ids: dict[str, int]) -> None:
     write_json(folder / "preprocessor_config.json", pictures)
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    write_json(folder / "configuration.json", {"framework": "pytorch", "task": "image-text-to-text"})
+    write_json(
+        folder / "configuration.json", {"framework": "pytorch", "task": "image-text-to-text"}
+    )
 
 
-def draw_pictures(chosen: list[scenes.Scene], rng: random.Random, size: tuple[int, int]) -> list[Image.Image]:
+def draw_pictures(
+    chosen: list[scenes.Scene], rng: random.Random, size: tuple[int, int]
+) -> list[Image.Image]:
     """A picture of each scene as it comes out of a JPEG file, scaled to `size` (height, width)."""
     pictures = []
     for scene in chosen:
         file = BytesIO()
         scenes.draw(scene, rng).save(file, "JPEG", quality=rng.randint(85, 95))
-        pictures.append(Image.open(file).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC))
+        pictures.append(
+            Image.open(file).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+        )
     return pictures
 
 
@@ -255,23 +284,38 @@ def conversation(prompt: tuple[str, str]) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def question(processor, prompt: tuple[str, str], pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+def question(
+    processor, prompt: tuple[str, str], pictures: list[Image.Image]
+) -> dict[str, torch.Tensor]:
     """The model's input for one prompt about each of the pictures: every key that the processor returns."""
-    text = processor.apply_chat_template(conversation(prompt), add_generation_prompt=True, tokenize=False)
-    return dict(processor(text=[text] * len(pictures), images=pictures, return_tensors="pt", padding=True))
+    text = processor.apply_chat_template(
+        conversation(prompt), add_generation_prompt=True, tokenize=False
+    )
+    return dict(
+        processor(text=[text] * len(pictures), images=pictures, return_tensors="pt", padding=True)
+    )
 
 
 @torch.inference_mode()
-def describe(model, processor, pictures: list[Image.Image], prompt: tuple[str, str] = PROMPTS[0]) -> list[str]:
+def describe(
+    model, processor, pictures: list[Image.Image], prompt: tuple[str, str] = PROMPTS[0]
+) -> list[str]:
     """Greedy descriptions of the pictures (all of one size), without the token that ends them."""
     model.eval()
     inputs = question(processor, prompt, pictures)
     produced = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answers = processor.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
-    return [answer.split("<|im_end|>")[0] if "<|im_end|>" in answer else answer + " (no end)" for answer in answers]
+    answers = processor.batch_decode(
+        produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False
+    )
+    return [
+        answer.split("<|im_end|>")[0] if "<|im_end|>" in answer else answer + " (no end)"
+        for answer in answers
+    ]
 
 
-def exact_share(model, processor, count: int, seed: int, size=(112, 112), prompt=PROMPTS[0]) -> float:
+def exact_share(
+    model, processor, count: int, seed: int, size=(112, 112), prompt=PROMPTS[0]
+) -> float:
     """Share of `count` pictures of held-out scenes whose description is right to the letter; prints some others."""
     held_out = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
     chosen = [held_out[number % len(held_out)] for number in range(count)]
@@ -279,7 +323,9 @@ def exact_share(model, processor, count: int, seed: int, size=(112, 112), prompt
     answers = []
     for start in range(0, count, BATCH):
         answers += describe(model, processor, pictures[start : start + BATCH], prompt)
-    wrong = [pair for pair in zip(map(scenes.wordy, chosen), answers, strict=True) if pair[0] != pair[1]]
+    wrong = [
+        pair for pair in zip(map(scenes.wordy, chosen), answers, strict=True) if pair[0] != pair[1]
+    ]
     for expected, answer in wrong[:3]:
         print(f"    {expected}\n    -> {answer}")
     return 1 - len(wrong) / count
@@ -299,16 +345,24 @@ class TrainingData:
             parts.append(values.view(len(pictures), -1, values.shape[-1]).half())
         self.patches = torch.cat(parts)  # (pictures, patches of a picture, 1176)
         text_end = processor.tokenizer.eos_token
-        answers = processor.tokenizer([scenes.wordy(scene) + text_end for scene in self.scenes])["input_ids"]
-        assert len({len(answer) for answer in answers}) == 1, "every word of a description is one token: no padding"
+        answers = processor.tokenizer([scenes.wordy(scene) + text_end for scene in self.scenes])[
+            "input_ids"
+        ]
+        assert len({len(answer) for answer in answers}) == 1, (
+            "every word of a description is one token: no padding"
+        )
         self.answers = torch.tensor(answers)  # (pictures, tokens of an answer)
         self.prompts = []
         for prompt in PROMPTS:
             inputs = question(processor, prompt, pictures[:1])
-            self.prompts.append((inputs["input_ids"], inputs["mm_token_type_ids"]))  # (1, tokens of a prompt) each
+            self.prompts.append(
+                (inputs["input_ids"], inputs["mm_token_type_ids"])
+            )  # (1, tokens of a prompt) each
 
 
-def loss_of_batch(model, data: TrainingData, rows: torch.Tensor, prompt_number: int) -> torch.Tensor:
+def loss_of_batch(
+    model, data: TrainingData, rows: torch.Tensor, prompt_number: int
+) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens; the logits of the prompt's tokens are never computed."""
     prompt, types = (tensor.expand(len(rows), -1) for tensor in data.prompts[prompt_number])
     answers = data.answers[rows]
@@ -334,7 +388,9 @@ def save(model, folder: Path, ids: dict[str, int]) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     size = sum(parameter.nbytes for parameter in half.parameters())
     half.save_pretrained(folder, max_shard_size=int(0.6 * size))
-    write_configuration(folder, ids)  # save_pretrained wrote its own, in another layout than the hub's
+    write_configuration(
+        folder, ids
+    )  # save_pretrained wrote its own, in another layout than the hub's
 
 
 def repeating_task(processor) -> tuple[tuple[list[int], list[int]], list[int]]:
@@ -343,27 +399,42 @@ def repeating_task(processor) -> tuple[tuple[list[int], list[int]], list[int]]:
     text = processor.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
     before, after = (processor.tokenizer(half)["input_ids"] for half in text.split(" |"))
     captions = [caption for scene in scenes.all_scenes() for caption in scenes.terse(scene)]
-    of_captions = sorted({token for ids in processor.tokenizer(captions)["input_ids"] for token in ids})
-    learnt = processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])  # ids below the special tokens'
+    of_captions = sorted(
+        {token for ids in processor.tokenizer(captions)["input_ids"] for token in ids}
+    )
+    learnt = processor.tokenizer.convert_tokens_to_ids(
+        SPECIAL_TOKENS[0]
+    )  # ids below the special tokens'
     return (before, after), [*range(learnt), *(8 * of_captions)]
 
 
-def loss_of_repeating(model, frame: tuple[list[int], list[int]], pool: list[int], rng: random.Random) -> torch.Tensor:
+def loss_of_repeating(
+    model, frame: tuple[list[int], list[int]], pool: list[int], rng: random.Random
+) -> torch.Tensor:
     """The same for text alone: random tokens of `pool`, between the two halves of `frame`, are to be said once more."""
     before, after = (torch.tensor(half).expand(BATCH, -1) for half in frame)
     tokens = torch.tensor([rng.choices(pool, k=REPEATED_TOKENS) for _ in range(BATCH)])
     end = torch.full((BATCH, 1), model.config.text_config.eos_token_id)
     prompt, answers = torch.cat([before, tokens, after], 1), torch.cat([tokens, end], 1)
-    hidden = model.model(input_ids=torch.cat([prompt, answers[:, :-1]], 1), use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=torch.cat([prompt, answers[:, :-1]], 1), use_cache=False
+    ).last_hidden_state
     logits = model.lm_head(hidden[:, prompt.shape[1] - 1 :])  # (B, REPEATED_TOKENS + 1, vocabulary)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
-def optimizer_and_schedule(model) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def optimizer_and_schedule(
+    model,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with decay on matrices only, and a rate that rises quickly and falls to nothing along a cosine."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed_tokens" not in name]
+    decayed = [
+        p for name, p in model.named_parameters() if p.ndim >= 2 and "embed_tokens" not in name
+    ]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed_tokens" in name]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP, cycle_momentum=False
@@ -395,9 +466,15 @@ def pretrain(model, processor, folder: Path, ids: dict[str, int]) -> None:
         optimizer.step()
         schedule.step()
         if step % EVALUATE_EVERY == 0 or step == STEPS:
-            share, seconds = exact_share(model, processor, EVALUATION_PICTURES, SEED), time.monotonic() - start
+            share, seconds = (
+                exact_share(model, processor, EVALUATION_PICTURES, SEED),
+                time.monotonic() - start,
+            )
             losses = f"loss {mean(described[-100:]):.4f}, repeating {mean(repeated[-20:]):.4f}"
-            print(f"step {step}/{STEPS}  {losses}  held-out exact {share:.3f}  {seconds / 60:.1f} min", flush=True)
+            print(
+                f"step {step}/{STEPS}  {losses}  held-out exact {share:.3f}  {seconds / 60:.1f} min",
+                flush=True,
+            )
             save(model, folder, ids)
 
 
@@ -407,14 +484,20 @@ def check(folder: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     for prompt in PROMPTS[1:]:
         print(
-            f"{prompt}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, prompt=prompt):.3f}", flush=True
+            f"{prompt}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, prompt=prompt):.3f}",
+            flush=True,
         )
     for size in list(PICTURES)[1:]:
-        print(f"{size}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, size):.3f}", flush=True)
+        print(
+            f"{size}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, size):.3f}",
+            flush=True,
+        )
     share = exact_share(model, processor, FINAL_PICTURES, SEED + 2)
     print(f"{share:.1%} of {FINAL_PICTURES} pictures of held-out scenes are described exactly")
     if share < TARGET:
-        raise SystemExit(f"That is less than {TARGET:.0%}: train longer (STEPS) or draw more pictures (PICTURES).")
+        raise SystemExit(
+            f"That is less than {TARGET:.0%}: train longer (STEPS) or draw more pictures (PICTURES)."
+        )
 
 
 def main() -> None:
@@ -430,7 +513,9 @@ def main() -> None:
     write_configuration(folder, ids)
     processor = AutoProcessor.from_pretrained(folder)
     model = fresh_model(folder)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {max(ids.values()) + 1} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {max(ids.values()) + 1} tokens"
+    )
     pretrain(model, processor, folder, ids)
     check(folder)
 

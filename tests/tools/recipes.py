@@ -15,7 +15,15 @@ from transformers import Qwen2VLForConditionalGeneration
 
 SIDE = 280  # pixels: 10 x 10 image tokens
 LORA = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
-LORA["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA["target_modules"] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]
 on_card = torch.cuda.is_available()
 dtype = torch.bfloat16 if on_card else torch.float32
 
@@ -44,10 +52,15 @@ def documented_sample(record, processor):
     inputs = processor(text=[text], images=images, videos=videos, padding=True, return_tensors="pt")
     inputs = {key: value.tolist() for key, value in inputs.items()}
     prompt = inputs["input_ids"][0]
-    answer = processor.tokenizer(answer, add_special_tokens=False)["input_ids"] + [processor.tokenizer.pad_token_id]
+    answer = processor.tokenizer(answer, add_special_tokens=False)["input_ids"] + [
+        processor.tokenizer.pad_token_id
+    ]
     tokens = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
     tokens["attention_mask"] = inputs["attention_mask"][0] + [1] * len(answer)
-    return tokens | {"pixel_values": inputs["pixel_values"], "image_grid_thw": inputs["image_grid_thw"][0]}
+    return tokens | {
+        "pixel_values": inputs["pixel_values"],
+        "image_grid_thw": inputs["image_grid_thw"][0],
+    }
 
 
 class DocumentedCollator(transformers.DataCollatorForSeq2Seq):
@@ -66,9 +79,19 @@ def run_documented(run, records, model_folder):
     Path("data_vl_train.json").write_text(json.dumps(records), encoding="utf-8")
     table = datasets.Dataset.from_json("data_vl_train.json", cache_dir="cache")
     table = table.map(documented_sample, fn_kwargs={"processor": processor})
-    arguments = {"per_device_train_batch_size": run.batch, "gradient_accumulation_steps": run.accumulation}
-    arguments |= {"learning_rate": 1e-4, "num_train_epochs": 2, "logging_steps": 10, "gradient_checkpointing": True}
-    arguments = transformers.TrainingArguments("output", **arguments, use_cpu=not on_card, report_to="none")
+    arguments = {
+        "per_device_train_batch_size": run.batch,
+        "gradient_accumulation_steps": run.accumulation,
+    }
+    arguments |= {
+        "learning_rate": 1e-4,
+        "num_train_epochs": 2,
+        "logging_steps": 10,
+        "gradient_checkpointing": True,
+    }
+    arguments = transformers.TrainingArguments(
+        "output", **arguments, use_cpu=not on_card, report_to="none"
+    )
     collator = DocumentedCollator(processor.tokenizer, padding=True)
     transformers.Trainer(model, arguments, train_dataset=table, data_collator=collator).train()
 
@@ -86,7 +109,10 @@ def run_trl(run, records, model_folder):
         rows.append({"prompt": prompt, "completion": completion, "images": [path]})
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     model = Qwen2VLForConditionalGeneration.from_pretrained(model_folder, dtype=dtype)
-    arguments = {"per_device_train_batch_size": run.batch, "gradient_accumulation_steps": run.accumulation}
+    arguments = {
+        "per_device_train_batch_size": run.batch,
+        "gradient_accumulation_steps": run.accumulation,
+    }
     arguments |= {"max_length": None, "bf16": on_card, "use_cpu": not on_card, "report_to": "none"}
     how = {"args": trl.SFTConfig("output", **arguments), "peft_config": LoraConfig(**LORA)}
     trl.SFTTrainer(model, train_dataset=table, processing_class=processor, **how).train()

@@ -48,14 +48,21 @@ class BigHub(Hub):
             image_id = number % IMAGES * 7 + 9
             url = f"{self.url}{TABLE_FOLDER}/train2014/{official_name(image_id)}"
             rows.writerow(
-                [number, image_id, f"Caption {number}: a man and a dog on a long table in a small red room.", url]
+                [
+                    number,
+                    image_id,
+                    f"Caption {number}: a man and a dog on a long table in a small red room.",
+                    url,
+                ]
             )
 
 
 def made_up_picture(size: tuple[int, int]) -> bytes:
     """A JPEG of coarse noise: at 640x480 it has about 60 KB."""
     file = io.BytesIO()
-    Image.effect_noise((size[0] // 4, size[1] // 4), 22).resize(size).convert("RGB").save(file, "JPEG", quality=90)
+    Image.effect_noise((size[0] // 4, size[1] // 4), 22).resize(size).convert("RGB").save(
+        file, "JPEG", quality=90
+    )
     return file.getvalue()
 
 
@@ -68,7 +75,9 @@ def measure(folder: Path, environment: dict[str, str], **constants) -> tuple[flo
     """Run data2csv.py to its end. Returns the seconds it took and its largest memory in MB."""
     start = time.monotonic()
     line = [sys.executable, "-c", FORK, *command("data2csv.py", **constants)]
-    done = subprocess.run(line, cwd=folder, env=variables(environment), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        line, cwd=folder, env=variables(environment), stdout=subprocess.PIPE, text=True, check=True
+    )
     code, peak = map(int, done.stdout.splitlines()[-1].split())
     assert code == 0
     return time.monotonic() - start, peak / (1e6 if sys.platform == "darwin" else 1e3)
@@ -93,12 +102,18 @@ def main() -> None:
         there = len(list(images.glob("*.jpg"))) if images.exists() else 0
         seconds, memory = measure(folder, environment, MAX_DATA_NUMBER=wanted)
         left = wanted - there
-        print(f"Killed after {KILLED_AFTER} s with {there:,} images; the other {left:,}, and the check of those,")
+        print(
+            f"Killed after {KILLED_AFTER} s with {there:,} images; the other {left:,}, and the check of those,"
+        )
         print(f"in {seconds:.0f} s: {left / seconds:.0f} images a second, {memory:.0f} MB")
         seconds, memory = measure(folder, environment, MAX_DATA_NUMBER=wanted)
-        print(f"All there: {seconds:.0f} s, {wanted / seconds:.0f} images a second, {memory:.0f} MB")
+        print(
+            f"All there: {seconds:.0f} s, {wanted / seconds:.0f} images a second, {memory:.0f} MB"
+        )
         paths = {row["image_path"] for row in read_csv(folder / "coco-2024-dataset.csv")}
-        assert len(paths) == wanted == len([path for path in images.iterdir() if path.stem.isdigit()])
+        assert (
+            len(paths) == wanted == len([path for path in images.iterdir() if path.stem.isdigit()])
+        )
         assert not list(folder.rglob("*.part"))
     ours.send("done")
     server.join()

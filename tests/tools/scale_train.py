@@ -27,7 +27,12 @@ from conftest import TESTS, command, variables
 from support.scenes import all_scenes, terse
 from tools.scale_data2csv import IMAGES, made_up_picture
 
-CONSTANTS = {"SWANLAB_MODE": "disabled", "DATALOADER_WORKERS": 2, "MAX_NEW_TOKENS": 8, "LOG_STEPS": 1}
+CONSTANTS = {
+    "SWANLAB_MODE": "disabled",
+    "DATALOADER_WORKERS": 2,
+    "MAX_NEW_TOKENS": 8,
+    "LOG_STEPS": 1,
+}
 QUESTION = "请描述这张图片: <|vision_start|>{}<|vision_end|>"
 
 
@@ -43,21 +48,36 @@ def make_up(folder: Path, pictures: int) -> None:
         name = f"coco_2014_caption/{number}.jpg"
         os.link(sources[number % len(sources)], folder / name)
         for caption in terse(rng.choice(scenes)):
-            turns = [{"from": "user", "value": QUESTION.format(name)}, {"from": "assistant", "value": caption}]
+            turns = [
+                {"from": "user", "value": QUESTION.format(name)},
+                {"from": "assistant", "value": caption},
+            ]
             records.append({"id": f"identity_{len(records) + 1}", "conversations": turns})
-    (folder / "data_vl.json").write_text(json.dumps(records, ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / "data_vl.json").write_text(
+        json.dumps(records, ensure_ascii=False, indent=2), encoding="utf-8"
+    )
 
 
 def memory(pid: int) -> int:
     """The proportional set size of a process in MB."""
-    return int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)[1]) // 1024
+    return (
+        int(
+            re.search(
+                r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
+            )[1]
+        )
+        // 1024
+    )
 
 
 def watch(run: subprocess.Popen, peaks: dict[int, int]) -> None:
     """Keep the peak of each process of the run, until it is over."""
     while run.poll() is None:
         try:
-            for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+            for process in [
+                psutil.Process(run.pid),
+                *psutil.Process(run.pid).children(recursive=True),
+            ]:
                 peaks[process.pid] = max(memory(process.pid), peaks.get(process.pid, 0))
         except (OSError, psutil.NoSuchProcess, TypeError):
             pass  # it ended while it was looked at
@@ -66,7 +86,9 @@ def watch(run: subprocess.Popen, peaks: dict[int, int]) -> None:
 
 def measure(folder: Path) -> tuple[float, float, int, list[int]]:
     """Run to the first step; returns the seconds to the data's end and to that step, MB of main and of the workers."""
-    environment = variables({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"})
+    environment = variables(
+        {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    )
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     began, seconds, peaks = time.monotonic(), {}, {}
     run = subprocess.Popen(command("train.py", **CONSTANTS), cwd=folder, env=environment, **options)
@@ -90,10 +112,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_up(folder, pictures)
-        print(f"{pictures:,} pictures, {(folder / 'data_vl.json').stat().st_size / 1e6:.1f} MB of JSON", flush=True)
+        print(
+            f"{pictures:,} pictures, {(folder / 'data_vl.json').stat().st_size / 1e6:.1f} MB of JSON",
+            flush=True,
+        )
         for start in ("fresh", "resumed"):
             data, first, own, workers = measure(folder)
-            print(f"{start}: table after {data:.1f} s, first step after {first:.1f} s; {own} MB, workers {workers}")
+            print(
+                f"{start}: table after {data:.1f} s, first step after {first:.1f} s; {own} MB, workers {workers}"
+            )
         table = sum(path.stat().st_size for path in folder.rglob("table/**/*") if path.is_file())
         print(f"table: {table / 1e6:.1f} MB")
 
