@@ -1,249 +1,572 @@
-"""Step 2 of 4: turns the table of pictures and captions into the conversations that a training reads.
+"""Step 2 of 4: turn the table of images and captions into the conversations that train.py reads.
 
-Reads   coco-2024-dataset.csv (from data2csv.py, or your own: two columns, `image_path` and `caption`, saved as UTF-8)
-        and every picture that it names; relative paths count from the folder of the CSV.
-Writes  data_vl.json: one conversation a row, "please describe this picture" and the caption as its answer.
+Reads   coco-2024-dataset.csv (from data2csv.py, or your own) and every image it names.
+        The table is UTF-8 and has the columns image_path and caption, and perhaps question:
+        what to ask instead of PROMPT. Relative paths count from the folder of the CSV.
+Writes  data_vl.json: one conversation per row, with the question and the caption as its answer.
 Run     python csv2json.py
-Takes   a second for 500 pictures, about 2 minutes for COCO's 82,783 (two cores); less than 1 GB of memory.
+Takes   a second for 500 images, 2 minutes for COCO's 82,783 (2 cores, under 1 GB of memory).
 
-Bad data is cheapest to find here: half a picture or an empty caption would otherwise end a training hours later, or
-quietly spoil it. So every picture is decoded to its last byte, and every row that can't be used is named.
+Bad data is cheapest to find here: half an image or an empty caption would otherwise stop a training
+hours later, or quietly spoil it. So every image is decoded to its last byte, and every row that
+can't be used is listed with the reason.
 """
 
 import contextlib
 import csv
+import difflib
 import functools
+import hashlib
 import json
 import os
 import re
 import signal
+import stat
 import sys
-from collections import Counter
-from collections.abc import Iterator
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple, TextIO
+from types import FrameType
+from typing import IO, Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files
-CSV_PATH = "coco-2024-dataset.csv"  # what data2csv.py wrote, or your own table
-JSON_PATH = "data_vl.json"  # read by train.py; relative picture paths in it count from its own folder
+# The rules of the constants; the lambdas, because the functions stand below them
+PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
+Prompt = Annotated[str, AfterValidator(lambda text: check_prompt(text))]
+ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
 
-# text
-PROMPT = "请描述这张图片: "  # what the user says before the picture ("Please describe this picture: ")
+# --------------------------------------------------------------------------------------------------
+# Files
+CSV_PATH: PathText = "coco-2024-dataset.csv"  # written by data2csv.py, or your own table
+# Relative image paths in the JSON count from its own folder
+DATA_JSON: PathText = "data_vl.json"  # read by train.py
 
-# checks
-ON_BAD_SAMPLE = "stop"  # "stop": name the bad rows and write nothing; "drop": name them and go on without them
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's names; not EPS, it would start another program
-MIN_SIDE = 28  # pixels: the model sees squares of 28x28, a thinner picture doesn't fill a single one
-MAX_RATIO = 200  # long side / short side: Qwen2-VL's own preprocessing refuses more
-MAX_PIXELS = 89_478_485  # width x height, against files that unpack to gigabytes; train.py opens twice as many
-CHECK_WORKERS = 8  # threads: Pillow decodes outside Python's lock, so they use every core
-# ----------------------------------------------------------------------------------------------------------------------
+# Text
+# In English: "Please describe this image: ". A row's own question takes its place.
+PROMPT: Prompt = "请描述这张图片: "  # what the user says before the image
 
-special_token = re.compile(r"<\|\w+\|>")  # the shape of the model's 14 special tokens, <|im_end|> and the like
+# Checks
+ON_BAD_SAMPLE: Literal["stop", "drop"] = "stop"  # "stop" writes nothing, "drop" leaves bad rows out
+# Pillow's names for them; python -m PIL lists all
+IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+MIN_SIDE: PositiveInt = 28  # pixels; the model sees squares of 28 x 28
+MAX_RATIO: Annotated[int, Field(ge=1, le=200)] = 200  # long side / short side; Qwen2-VL's own limit
+# Against small files that unpack to gigabytes; Pillow opens at most 178,956,970 pixels in train.py
+MAX_FILE_PIXELS: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485  # width x height
+CHECK_THREADS: Annotated[int, Field(ge=1, le=64)] = 8  # images decoded at a time, on all cores
+# --------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # <|im_end|> and the like; the model has 14
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # a Chinese character counts as one word
 
 
 class Row(NamedTuple):
-    """A row of the CSV: the line where it ends, the picture's path as the JSON has it, what is wrong ("": nothing)."""
+    """A row of the table."""
 
-    line: int
-    path: str
+    line: int  # of the CSV, where the row ends
+    image: str  # path as it stands in the JSON; in a bad row as it stands in the CSV
+    question: str
     caption: str
-    fault: str
+    fault: str  # what is wrong with the row; "" if nothing is
+
+
+class ImageCheck(NamedTuple):
+    """What decoding an image has shown."""
+
+    fault: str  # "" if train.py can use the image
+    content: bytes = b""  # hash of the file, the same for copies of it
+
+
+# ---- Shared with the other scripts
+
+
+def check_path(path: str) -> str:
+    """Expand ~ in a path constant, and refuse text that can't be a path."""
+    # "e:\new" is a line break between "e:" and "ew": Python reads \n as one character
+    if not path.strip() or any(ord(character) < 32 for character in path):
+        raise ValueError(r'it should be a path, such as "e:/LLM/new" or r"e:\LLM\new"')
+    return os.path.expanduser(path)
 
 
 def check_constants() -> None:
-    """Refuses constants that no run can work with, by their names, before anything is read."""
-    Image.init()  # else Image.OPEN knows the five commonest formats only
-    for names, is_legal, legal in (
-        ("CSV_PATH JSON_PATH", lambda value: isinstance(value, str) and value and not os.path.isdir(value), "a file"),
-        ("JSON_PATH", lambda value: os.path.abspath(value) != os.path.abspath(CSV_PATH), "another file than CSV_PATH"),
-        ("PROMPT", lambda value: isinstance(value, str) and not special_token.search(value), "free of special tokens"),
-        ("ON_BAD_SAMPLE", lambda value: value in ("stop", "drop"), '"stop" or "drop"'),
-        ("FORMATS", lambda value: isinstance(value, list) and value and set(value) <= set(Image.OPEN), 'like ["PNG"]'),
-        ("MIN_SIDE MAX_RATIO MAX_PIXELS CHECK_WORKERS", lambda value: type(value) is int and value > 0, "1 or more"),
-        ("MAX_PIXELS", lambda value: value <= 178_956_970, "178956970 at most, Pillow opens no more in train.py"),
-    ):
-        for name in names.split():
-            if not is_legal(value := globals()[name]):
-                raise SystemExit(f"{name} = {value!r} at the top of csv2json.py can't work: it must be {legal}.")
+    """Stop with one sentence if a constant at the top has an impossible value."""
+    script = sys.modules[__name__]
+    for name, rule in get_type_hints(script, include_extras=True).items():
+        value = getattr(script, name)
+        try:
+            checked = TypeAdapter(rule, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+            reason = " or ".join(reasons).replace("Input", "it")
+            raise SystemExit(
+                f"{name} = {value!r} at the top of {Path(__file__).name} can't work: {reason}."
+            ) from None
+        setattr(script, name, checked)  # a path with ~ expanded, all else as it was
 
 
-def stop(number: int, _) -> None:
-    """Ends the script at once on Ctrl-C or SIGTERM, whatever its threads are decoding."""
-    os.write(2, b"\nStopped. No file is half written: run again to start over.\n")
+def prepare_console() -> None:
+    """Let print and progress bars work on every console: code pages, notebooks, pythonw."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # pythonw.exe has no console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="replace")
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call handler on Ctrl-C, kill, a closed terminal, and Ctrl-Break on Windows."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)  # Windows lacks SIGHUP, the others SIGBREAK
+        # nohup ignores SIGHUP on purpose: leave it ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End the script at once, without waiting for its threads."""
+    os.write(2, b"\nStopped. Everything finished so far is kept. Run again to resume.\n")
     os._exit(128 + number)
 
 
-def read_rows() -> list[Row]:
-    """All rows of the CSV in their order; exits with one sentence where the file is not such a table."""
-    csv.field_size_limit(2**31 - 1)  # the most that a C long holds on Windows; Python's default is 128 KiB a caption
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and stop with one sentence if nothing can be written to it."""
     try:
-        with open(CSV_PATH, encoding="utf-8-sig", newline="") as file:  # -sig: with or without a byte order mark
-            reader = csv.DictReader(file, restkey="surplus", restval="", strict=True)
-            if not {"image_path", "caption"} <= set(reader.fieldnames or []):
-                found = reader.fieldnames or "(none, it is empty)"
-                raise SystemExit(f"{CSV_PATH} has the columns {found}; image_path and caption must be among them.")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(
+            f"Can't write to {Path(folder).absolute()} ({error.strerror}). "
+            f"Choose another folder at the top of {Path(__file__).name}."
+        ) from None
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that replaces path once it is whole and on the disk."""
+    unfinished = Path(f"{path}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"
+    try:
+        with open(unfinished, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave an empty file under the new name
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+# ---- Constants and files
+
+
+def check_prompt(text: str) -> str:
+    """Refuse a prompt that the model must not see."""
+    fault = find_text_fault(text)
+    if fault:
+        raise ValueError(f"it contains a {fault}")
+    return text
+
+
+def check_formats(names: list[str]) -> list[str]:
+    """Refuse formats that Pillow can't read, and the one that isn't safe."""
+    Image.init()  # else Pillow knows only the five commonest formats
+    # EPS is a program, which Pillow starts Ghostscript to run
+    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
+        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
+    return names
+
+
+def check_files() -> None:
+    """Stop before the long work if the table isn't there, or the JSON can't be written."""
+    if not os.path.isfile(CSV_PATH):
+        problem = "is not a file" if os.path.exists(CSV_PATH) else "is missing"
+        raise SystemExit(
+            f"{os.path.abspath(CSV_PATH)} {problem}. Run data2csv.py first, "
+            f"or set CSV_PATH to your own table."
+        )
+    check_writable(os.path.dirname(DATA_JSON) or ".")
+    for path in (DATA_JSON, f"{DATA_JSON}.tmp"):
+        problem = find_write_problem(path)
+        if problem:
+            raise SystemExit(f"Can't write {path} ({problem}): set DATA_JSON to another file.")
+
+
+def find_write_problem(path: str) -> str | None:
+    """Return why a file can't be written, as far as that can be known without writing."""
+    if os.path.exists(path) and os.path.samefile(path, CSV_PATH):
+        return "it is CSV_PATH"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is not a file"
+    try:
+        # Neither makes nor changes a file, but fails if its name is too long or it is locked
+        with open(path, "r+b"):
+            return None
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        return "it is read-only, or open in another program"
+    except OSError as error:
+        return error.strerror
+
+
+# ---- The table
+
+
+def read_rows() -> list[Row]:
+    """Return all rows of the CSV in order, or stop with one sentence if it isn't such a table."""
+    # The largest C long on Windows; Python's default is 128 KiB per caption
+    csv.field_size_limit(2**31 - 1)
+    try:
+        # -sig: with or without a byte order mark
+        with open(CSV_PATH, encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            # UTF-16 without a mark is UTF-8 with a NUL behind each letter
+            if "\0" in header:
+                raise UnicodeError
+            # Excel writes semicolons where the comma is the decimal sign
+            separator = max(",;\t", key=header.count)
+            file.seek(0)
+            reader = csv.DictReader(file, restval="", delimiter=separator, strict=True)
+            check_columns(list(reader.fieldnames or []))
             rows = [make_row(reader.line_num, fields) for fields in reader]
     except OSError as error:
-        hint = "run data2csv.py first, or set CSV_PATH to your own table"
-        raise SystemExit(f"{CSV_PATH} can't be read ({error.strerror}): {hint}.") from None
-    except UnicodeDecodeError:
-        raise SystemExit(f"{CSV_PATH} is not UTF-8 but perhaps GBK: save it again as 'CSV UTF-8' (Excel).") from None
+        raise SystemExit(f"{CSV_PATH} can't be read ({error.strerror}).") from None
+    except UnicodeError:
+        raise SystemExit(
+            f"{CSV_PATH} is not UTF-8 text, but perhaps GBK, UTF-16 or an Excel workbook. "
+            f"In Excel, save it as 'CSV UTF-8'."
+        ) from None
     except csv.Error as error:
-        raise SystemExit(f"{CSV_PATH}, line {reader.line_num}: {error}; is a quote without its partner?") from None
+        raise SystemExit(
+            f"{CSV_PATH}, in the row that begins on line {reader.line_num + 1}: {error}. "
+            f"Is a quote missing its partner?"
+        ) from None
     if not rows:
         raise SystemExit(f"{CSV_PATH} has no row below its header: there is nothing to convert.")
     return rows
 
 
+def check_columns(names: list[str]) -> None:
+    """Stop with one sentence if the columns aren't called as they must be."""
+    for column in ("image_path", "caption", "question"):
+        # Without case, blanks, underscores and characters that nobody sees
+        letters = column.replace("_", "")
+        alike = [name for name in names if "".join(filter(str.isalnum, name)).lower() == letters]
+        if len(alike) > 1:
+            raise SystemExit(
+                f"{CSV_PATH} has several columns named {column}: {alike}. Write one caption per "
+                f"row, and repeat the image_path for each caption of an image."
+            )
+        if alike and alike != [column]:
+            raise SystemExit(
+                f"{CSV_PATH} has a column {alike[0]!r}: it must be called {column!r} exactly."
+            )
+    if "image_path" not in names or "caption" not in names:
+        found = names or "(none, its first line is empty)"
+        raise SystemExit(
+            f"{CSV_PATH} has the columns {found}; image_path and caption must be among them."
+        )
+
+
 def make_row(line: int, fields: dict) -> Row:
-    """Strips the ends of both fields: white space before <|im_end|> is nothing that a model should learn to say."""
-    path, caption = path_in_json(fields["image_path"].strip()), fields["caption"].strip()
-    fault = ""
-    if "surplus" in fields:
-        fault = "more fields than columns: a caption with a comma in it wants double quotes around it"
-    elif not fields["image_path"].strip() or not caption:
-        fault = "image_path or caption is empty"
-    elif "\0" in path + caption:
-        fault = "NUL character in image_path or caption: the file is damaged, or no text"
-    elif "<|" in path or len(path.splitlines()) > 1 or path != path.strip():
-        fault = "image_path has '<|', a line break or a blank at its end in it: rename the file"
-    elif path.startswith("//"):  # Windows would log in there with the user's name, whoever wrote the table
-        fault = "image_path leads to another computer: copy the picture to this one"
-    elif "://" in path or path.startswith("data:"):
-        fault = "image_path is an address on the web or the like: download the picture first, and name its file"
-    elif token := special_token.search(caption):  # it would forge a turn or a picture in the conversation
-        fault = f"caption has a special token of the model in it: {token[0]}"
-    return Row(line, fields["image_path"] if fault else path, caption, fault)
+    """Clean and check what a line of the CSV says.
+
+    White space at the ends goes: in front of <|im_end|> the model would learn to say it.
+    """
+    image_path = fields["image_path"].strip()
+    image = "" if shows_nothing(image_path) else path_in_json(image_path)
+    question = fields.get("question", "").strip()
+    caption = fields["caption"].strip()
+    if None in fields:
+        fault = 'more fields than columns: put text with commas in straight double quotes (")'
+    else:
+        fault = find_row_fault(image, question, caption)
+    if fault:
+        image = fields["image_path"]
+    if shows_nothing(question):
+        question = PROMPT
+    return Row(line, image, question, caption, fault)
+
+
+def shows_nothing(text: str) -> bool:
+    """Tell whether text is empty or has only blanks and characters that nobody sees."""
+    # Separators, controls and format characters (zero-width space, byte order mark).
+    # Not all of C: an emoji that is younger than Python counts as Cn.
+    kinds = map(unicodedata.category, text)
+    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
 
 
 def path_in_json(path: str) -> str:
-    """A relative path, which counts from the CSV, as it counts from the JSON; all others as they stand."""
-    if path.startswith("file:///"):  # of file:///c:/ the third slash goes, too
-        path = re.sub("^/(?=[A-Za-z]:)", "", unquote(path.removeprefix("file://")))
-    path = path if "://" in path else path.replace("\\", "/")  # which Windows understands as well
+    """Return a path of the CSV as the JSON has it.
+
+    Relative paths count from the CSV there and from the JSON here. All others stay as they are.
+    """
+    if path.startswith("file:///"):
+        path = unquote(path.removeprefix("file://"))
+        path = re.sub("^/(?=[A-Za-z]:)", "", path)  # file:///c:/ is c:/
+    if "://" not in path:
+        path = path.replace("\\", "/")  # which Windows understands as well
     if "://" in path or path.startswith(("/", "data:")) or PureWindowsPath(path).is_absolute():
         return path
     file = folder_of(CSV_PATH) / path
     try:
-        return Path(os.path.relpath(file, folder_of(JSON_PATH))).as_posix()
+        return Path(os.path.relpath(file, folder_of(DATA_JSON))).as_posix()
     except ValueError:  # Windows: the CSV and the JSON lie on different drives
         return file.as_posix()
 
 
 @functools.cache
 def folder_of(path: str) -> Path:
-    """The real folder of a file, links resolved, so that ".." leads from it to where the system says it leads."""
+    """Return the real folder of a file: with links resolved, ".." leads where the system goes."""
     return Path(path).parent.resolve()
 
 
-def check_picture(path: str) -> str:
-    """What is wrong with a picture; does all that train.py will do, for only the last byte tells half a download."""
-    file = folder_of(JSON_PATH) / path  # the folder falls away where the path is absolute
-    if os.name != "nt" and PureWindowsPath(path).is_absolute():
-        return f"picture lies on a drive of Windows, and this is another system: {path}"
-    if not os.path.isfile(file):  # a folder or device is none; and opening a pipe would wait for ever
-        return f"picture is missing: {file}"
-    try:
-        with Image.open(file, formats=FORMATS) as picture:
-            small, large = sorted(picture.size)  # read from the head of the file, nothing is decoded yet
-            if small < MIN_SIDE or large > MAX_RATIO * small or small * large > MAX_PIXELS:
-                return f"picture's size breaks MIN_SIDE, MAX_RATIO or MAX_PIXELS: {picture.width}x{picture.height}"
-            if picture.mode[0] in "IF":  # 16 or 32 bits a pixel; in RGB whatever is above 255 becomes white
-                return f"picture has more than 8 bits a colour, save it with 8: its mode is {picture.mode}"
-            ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError:
-        return f"file is no picture of FORMATS, whatever its name says: {os.path.getsize(file)} bytes"
-    except Exception as error:  # Pillow raises a dozen kinds of error on damaged files; each one is named with its row
-        return f"picture does not decode: {error}"
+def find_row_fault(image: str, question: str, caption: str) -> str:
+    """Return why a row can't be used, or ""."""
+    if shows_nothing(caption):
+        return "caption is empty"
+    fault = find_path_fault(image)
+    if fault:
+        return fault
+    for column, text in (("image_path", image), ("question", question), ("caption", caption)):
+        fault = find_text_fault(text)
+        if fault:
+            return f"{column} contains a {fault}"
     return ""
 
 
-def check_pictures(rows: list[Row]) -> dict[str, str]:
-    """What is wrong with each distinct picture."""
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place: checked before decoding, and it tells the reason
-    paths = {row.path: None for row in rows if not row.fault}
-    with ThreadPoolExecutor(CHECK_WORKERS) as pool:
-        checks = tqdm(pool.map(check_picture, paths), total=len(paths), desc="checking", unit="picture")
-        return dict(zip(paths, checks, strict=True))
+def find_path_fault(path: str) -> str:
+    """Return why train.py can't open an image under this path, or ""."""
+    if not path:
+        return "image_path is empty"
+    # train.py finds a path between two special tokens, and strips it
+    if "<|" in path or len(path.splitlines()) > 1 or path != path.strip():
+        return "image_path contains '<|', a line break or a blank at its end: rename the file"
+    # Windows would log in there with the user's name, whoever wrote the table
+    if path.startswith("//"):
+        return "image_path leads to another computer: copy the image to this one"
+    if "://" in path or path.startswith("data:"):
+        return "image_path is an address on the web or the like: download the image first"
+    return ""
 
 
-def sort_out(rows: list[Row], pictures: dict[str, str]) -> list[Row]:
-    """The rows to train on, each once; names the others with the reason, counts them, and may stop there."""
+def find_text_fault(text: str) -> str:
+    """Return what the model must not see in a text, or ""."""
+    if "\0" in text:
+        return "NUL character: the file is damaged, or not text"
+    # "\ud83d\udc15" is a dog in JSON; copied to Python, it is the two halves of one
+    if re.search("[\ud800-\udfff]", text):
+        return "lone surrogate: write the character itself"
+    token = SPECIAL_TOKEN.search(text)
+    # It would forge a turn or an image in the conversation
+    return f"special token of the model: {token[0]}" if token else ""
+
+
+# ---- The images
+
+
+def check_images(rows: list[Row]) -> dict[str, ImageCheck]:
+    """Check each distinct image once, in threads: Pillow decodes outside of Python's lock."""
+    paths = list(dict.fromkeys(row.image for row in rows if not row.fault))
+    print(f"Rows of {CSV_PATH}: {len(rows)}, distinct images: {len(paths)}")
+    Image.MAX_IMAGE_PIXELS = None  # MAX_FILE_PIXELS takes its place, and names the reason
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        checks = pool.map(check_image, paths)
+        bar = tqdm(checks, total=len(paths), desc="Checking images", unit=" images")
+        return dict(zip(paths, bar, strict=True))
+
+
+def check_image(path: str) -> ImageCheck:
+    """Do all that train.py will do with an image, and hash its file."""
+    if os.name != "nt" and PureWindowsPath(path).is_absolute():
+        return ImageCheck(f"image lies on a Windows drive, and this is another system: {path}")
+    # An absolute path overrides the folder
+    file = Path(os.path.abspath(folder_of(DATA_JSON) / path))
+    try:
+        # Opening a named pipe or a device could wait forever
+        if not stat.S_ISREG(file.stat().st_mode):
+            return ImageCheck(f"image is a folder or a device, not a file: {file}")
+        fault = find_image_fault(file)
+        with open(file, "rb") as stream:
+            return ImageCheck(fault, hashlib.file_digest(stream, "sha256").digest())
+    except (FileNotFoundError, NotADirectoryError):
+        return ImageCheck(describe_missing(file))
+    except UnidentifiedImageError:
+        size = file.stat().st_size
+        return ImageCheck(f"file is damaged, or not one of IMAGE_FORMATS: it has {size} bytes")
+    # Pillow raises a dozen kinds of errors on damaged files
+    except Exception as error:
+        return ImageCheck(f"image can't be read: {str(error) or type(error).__name__}")
+
+
+def find_image_fault(file: Path) -> str:
+    """Decode an image to its last byte, and return what is wrong with it or ""."""
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
+        # Both are in the head of the file: nothing is decoded yet
+        pixels = image.width * image.height
+        if pixels > MAX_FILE_PIXELS:
+            return f"image has more pixels than MAX_FILE_PIXELS = {MAX_FILE_PIXELS:,}: {pixels:,}"
+        # 16 or 32 bits; made RGB, all values above 255 would be white
+        if image.mode.startswith(("I", "F")):
+            return f"image has more than 8 bits per colour, save it with 8: mode {image.mode}"
+        # Only the last byte shows a download that broke off
+        ImageOps.exif_transpose(image, in_place=True)
+        image.convert("RGBA" if image.has_transparency_data else "RGB")
+        width, height = image.size  # upright, as train.py and everybody else sees it
+    if min(width, height) < MIN_SIDE:
+        return f"image has a side shorter than MIN_SIDE = {MIN_SIDE}: {width}x{height}"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return f"image is more than MAX_RATIO = {MAX_RATIO} times as long as wide: {width}x{height}"
+    return ""
+
+
+def describe_missing(file: Path) -> str:
+    """Return the reason for an image that isn't there, with the file that was perhaps meant."""
+    if file.is_symlink():
+        return f"image is a link to a file that is missing: {file}"
+    found = Path(file.anchor)
+    for name in file.parts[1:]:
+        if not os.path.exists(found / name):
+            name = find_similar(found, name)
+        found /= name
+    if not found.is_file():
+        return f"image is missing: {file}"
+    same = unicodedata.normalize("NFC", str(file)) == unicodedata.normalize("NFC", str(found))
+    hint = " (it looks the same, but its accents are other Unicode characters)" if same else ""
+    return f"image is missing: {file}. Did you mean {found}?{hint}"
+
+
+@functools.cache
+def find_similar(folder: Path, name: str) -> str:
+    """Return the name in a folder that was perhaps meant; without one, the name as it is."""
+    names = list_folder(folder)
+    spelling = plain_spelling(name)
+    # Comparing each with each would take hours in a large folder
+    if spelling in names or len(names) > 1000:
+        return names.get(spelling, name)
+    # 2.jpg is another image than 1.jpg, not a misspelling
+    digits = re.findall(r"\d", name)
+    candidates = [other for other in names if re.findall(r"\d", other) == digits]
+    similar = difflib.get_close_matches(spelling, candidates, n=1, cutoff=0.9)
+    return names[similar[0]] if similar else name
+
+
+@functools.cache
+def list_folder(folder: Path) -> dict[str, str]:
+    """Return the names in a folder by their plain spelling."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    return {plain_spelling(name): name for name in names}
+
+
+def plain_spelling(name: str) -> str:
+    """Return a name in lower case and in one Unicode form: macOS takes é apart, e and an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+# ---- The result
+
+
+def sort_out(rows: list[Row], checks: dict[str, ImageCheck]) -> list[Row]:
+    """Return the rows to train on, each once; list the others, and maybe stop there."""
     good, bad, reasons = {}, [], Counter()
     for row in rows:
-        if fault := row.fault or pictures.get(row.path):
-            bad.append(f"  line {row.line}, {row.path[:100]!r}: {fault}")
+        fault = row.fault or checks[row.image].fault
+        if fault:
+            bad.append(f"  line {row.line}, {row.image[:100]!r}: {fault}")
             reasons[fault.partition(":")[0]] += 1
-        elif (row.path, row.caption) in good:
-            reasons["same picture and same caption as a row before"] += 1
+            continue
+        # By content: the same image may have two names
+        key = (checks[row.image].content, row.question, row.caption)
+        if key in good:
+            reasons["same image, question and caption as an earlier row"] += 1
         else:
-            good[row.path, row.caption] = row
+            good[key] = row
     if bad:
         print(f"{len(bad)} of {len(rows)} rows of {CSV_PATH} can't be used:", *bad, sep="\n")
     for reason, count in reasons.most_common():
-        print(f"NOT USED: {count} rows, {reason}")
+        print(f"Rows not used: {count} ({reason})")
     if bad and ON_BAD_SAMPLE == "stop":
-        raise SystemExit(f'{JSON_PATH} is as it was: mend the {len(bad)} rows above, or set ON_BAD_SAMPLE to "drop".')
+        raise SystemExit(
+            f"Nothing was written to {DATA_JSON}. Fix the rows above (there are {len(bad)}), "
+            f'or set ON_BAD_SAMPLE = "drop" to leave them out.'
+        )
     if not good:
-        raise SystemExit(f"{JSON_PATH} is as it was: not one row of {CSV_PATH} can be used.")
+        raise SystemExit(f"Nothing was written to {DATA_JSON}: no row of {CSV_PATH} can be used.")
     return list(good.values())
 
 
 def make_record(number: int, row: Row) -> dict:
-    """The conversation of a row."""
-    question = f"{PROMPT}<|vision_start|>{row.path}<|vision_end|>"
-    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row.caption}]
-    return {"id": f"identity_{number}", "conversations": turns}
+    """Return the conversation of a row."""
+    question = f"{row.question}<|vision_start|>{row.image}<|vision_end|>"
+    return {
+        "id": f"identity_{number}",
+        "conversations": [
+            {"from": "user", "value": question},
+            {"from": "assistant", "value": row.caption},
+        ],
+    }
 
 
-@contextlib.contextmanager
-def new_json() -> Iterator[TextIO]:
-    """A file beside JSON_PATH that takes its place once it is whole; until then an old JSON stays as it is."""
-    part = Path(f"{JSON_PATH}.tmp")
+def write_json(rows: list[Row]) -> None:
+    """Write the conversations; until all are on the disk, an old JSON stays as it is."""
+    records = [make_record(number, row) for number, row in enumerate(rows, start=1)]
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(part, JSON_PATH)
+        with write_atomically(DATA_JSON) as file:
+            json.dump(records, file, ensure_ascii=False, indent=2)
     except OSError as error:
-        hint = "close what has it open, make room on the disk, or set JSON_PATH to another place"
-        raise SystemExit(f"{JSON_PATH} can't be written ({error}), an old one is as it was: {hint}.") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            part.unlink()
+        raise SystemExit(
+            f"Can't write {DATA_JSON} ({error.strerror}), an old one is unchanged. "
+            f"Free some space or close the programs that have it open, and run again."
+        ) from None
 
 
-def print_summary(rows: list[Row]) -> None:
-    """What the training will see, in numbers."""
-    paths = {row.path for row in rows}
-    words = [len(row.caption.split()) for row in rows]
-    print(f"{len(paths)} pictures, {len(rows)} captions, {len(rows) / len(paths):.2f} captions a picture")
-    print(f"{min(words)} to {max(words)} words a caption, mean {sum(words) / len(words):.1f}")
-    files = (Path(os.path.abspath(folder_of(JSON_PATH) / path)) for path in paths)
-    if outside := sorted({file.parent.as_posix() for file in files if not file.is_relative_to(folder_of(JSON_PATH))}):
-        print(f"IMAGE_FOLDERS in train.py has to name these, too ({len(outside)} in all), or one above: {outside[:3]}")
+def print_summary(rows: list[Row], checks: dict[str, ImageCheck]) -> None:
+    """Print what the training will see, in numbers."""
+    captions = Counter(checks[row.image].content for row in rows)
+    single = list(captions.values()).count(1)
+    words = [len(WORD.findall(row.caption)) for row in rows]
+    print(f"Images: {len(captions)}, {single} of them with only one caption")
+    print(f"Captions: {len(rows)}, {len(rows) / len(captions):.2f} per image")
+    print(f"Words per caption: {min(words)} to {max(words)}, mean {sum(words) / len(words):.1f}")
+    own_questions = sum(row.question != PROMPT for row in rows)
+    if own_questions:
+        print(f"Questions other than PROMPT: {own_questions}")
+    names = defaultdict(list)
+    for path, check in checks.items():
+        if not check.fault:
+            names[check.content].append(path)
+    copies = [paths for paths in names.values() if len(paths) > 1]
+    if copies:
+        print(
+            f"Images under several names: {len(copies)}, such as {copies[0][0]!r} and "
+            f"{copies[0][1]!r}. train.py keeps all names of an image on one side of its split."
+        )
 
 
 def main() -> None:
-    """Reads the table, checks every row and picture, writes the conversations and says what is in them."""
-    sys.stdout.reconfigure(errors="replace")  # not every Windows console knows every character of a caption
-    for sent in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sent, stop)
+    """Read the table, check every row and image, write the conversations."""
+    prepare_console()
+    handle_stop_signals(stop)
     check_constants()
+    check_files()
     rows = read_rows()
-    with new_json() as file:  # opened here: that it can't be written is told before the pictures are decoded
-        rows = sort_out(rows, check_pictures(rows))
-        records = [make_record(number, row) for number, row in enumerate(rows, start=1)]
-        json.dump(records, file, ensure_ascii=False, indent=2)
-    print_summary(rows)
-    print(f"{len(rows)} conversations written to {JSON_PATH}")
+    checks = check_images(rows)
+    rows = sort_out(rows, checks)
+    write_json(rows)
+    print_summary(rows, checks)
+    print(f"Conversations written to {DATA_JSON}: {len(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Text that nobody would think of: what goes in comes out letter for letter, and nothing in it can forge a turn.
+"""Text that nobody would think of arrives letter for letter, and can't forge a turn.
 
-python -m pytest tests/test_fuzz.py                         1,000 examples a test, the same on every run
-FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py      so many examples a test, new ones on every run
+python -m pytest tests/test_fuzz.py                       1,000 examples per test, always the same
+FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py    5,000 per test, new ones on every run
 """
 
 import contextlib
@@ -28,12 +28,12 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-SPECIAL = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
-SPECIAL += "vision_start vision_end vision_pad image_pad video_pad"
+SPECIAL = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+SPECIAL += "quad_end vision_start vision_end vision_pad image_pad video_pad"
 SPECIAL = [f"<|{name}|>" for name in SPECIAL.split()]
 SIDE = 56  # pixels of a picture's side, which makes it 4 tokens
 
-# special tokens, halves of them that a join may complete, and look-alikes that Unicode might fold into them
+# special tokens, halves that a join may complete, look-alikes that Unicode might fold into them
 pieces = st.sampled_from(
     [
         *SPECIAL,
@@ -110,51 +110,48 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def script(folder):
     """csv2json.py as a module that works in `folder` and drops what it can't use."""
-    script = launch.load("csv2json.py", ['ON_BAD_SAMPLE="drop"', "CHECK_WORKERS=1"])
-    script.CSV_PATH, script.JSON_PATH = str(folder / "table.csv"), str(folder / "data_vl.json")
+    script = launch.load("csv2json.py", ['ON_BAD_SAMPLE="drop"', "CHECK_THREADS=1"])
+    script.CSV_PATH, script.DATA_JSON = str(folder / "table.csv"), str(folder / "data_vl.json")
     script.tqdm = lambda checks, **_: checks  # thousands of progress bars
     return script
 
 
+def must_be_refused(text: str) -> bool:
+    return any(token in text for token in SPECIAL) or "\0" in text
+
+
+def shows_nothing(text: str) -> bool:
+    return all(unicodedata.category(letter) in "Zs Zl Zp Cc Cf" for letter in text)
+
+
 @FUZZ
-@given(st.lists(captions | harmless, min_size=1, max_size=12))
-def test_captions_through_csv2json(script, folder, texts):
-    """Guards every caption: in the JSON letter for letter, or named as bad with its reason; never changed or lost."""
+@given(st.lists(st.tuples(captions | harmless, captions | harmless), min_size=1, max_size=12))
+def test_text_through_csv2json(script, folder, rows):
+    """Text arrives letter for letter or is refused. Otherwise captions change or get lost."""
+    table = [("one.jpg", "first", ""), *(("one.jpg", *texts) for texts in rows)]
     with open(script.CSV_PATH, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(
-            [("image_path", "caption"), ("one.jpg", "first"), *(("one.jpg", t) for t in texts)]
-        )
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        rows = script.read_rows()
-        with script.new_json() as file:
-            good = script.sort_out(rows, script.check_pictures(rows))
-            json.dump(
-                [script.make_record(number, row) for number, row in enumerate(good, 1)],
-                file,
-                ensure_ascii=False,
-            )
-    faults = [
-        script.make_row(0, {"image_path": "one.jpg", "caption": text}).fault for text in texts
+        csv.writer(file).writerows([("image_path", "caption", "question"), *table])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        read = script.read_rows()
+        script.write_json(script.sort_out(read, script.check_images(read)))
+    expected, refused = {}, 0
+    for (_, caption, question), row in zip(table, read, strict=True):
+        harm = must_be_refused(caption + "\n" + question) or shows_nothing(caption)
+        assert row.fault or not harm, f"{row} must not be accepted"
+        look_alike = script.SPECIAL_TOKEN.search(caption + "\n" + question)
+        assert harm or not row.fault or look_alike, f"{row} is refused"
+        refused += bool(row.fault)
+        if not row.fault:
+            asked = script.PROMPT if shows_nothing(question) else question.strip()
+            expected[asked, caption.strip()] = None
+    assert printed.getvalue().count("\n  line ") == refused, "each bad row is listed"
+    records = json.loads(Path(script.DATA_JSON).read_text(encoding="utf-8"))
+    marker = "<|vision_start|>one.jpg<|vision_end|>"
+    assert [record["conversations"] for record in records] == [
+        [{"from": "user", "value": asked + marker}, {"from": "assistant", "value": answer}]
+        for asked, answer in expected
     ]
-    for text, fault in zip(texts, faults, strict=True):
-        bad = any(token in text for token in SPECIAL) or "\0" in text or not text.strip()
-        assert fault or not bad, f"{text!r} must not be accepted"
-        assert bad or not fault or script.special_token.search(text), (
-            f"{text!r} is refused: {fault}"
-        )
-    assert said.getvalue().count("\n  line ") == sum(map(bool, faults)), "each bad row is listed"
-    kept = dict.fromkeys(
-        ["first", *(t.strip() for t, fault in zip(texts, faults, strict=True) if not fault)]
-    )
-    records = json.loads(Path(script.JSON_PATH).read_text(encoding="utf-8"))
-    assert [record["conversations"][1] for record in records] == [
-        {"from": "assistant", "value": text} for text in kept
-    ]
-    question = script.PROMPT + "<|vision_start|>one.jpg<|vision_end|>"
-    assert all(
-        record["conversations"][0] == {"from": "user", "value": question} for record in records
-    )
 
 
 def real_processor(own):
