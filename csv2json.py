@@ -84,7 +84,7 @@ class ImageCheck(NamedTuple):
     content: bytes = b""  # hash of the file, the same for copies of it
 
 
-# ---- Shared with the other scripts
+# ---- Shared with the other scripts ---------------------------------------------------------------
 
 
 def check_path(path: str) -> str:
@@ -116,7 +116,7 @@ def prepare_console() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # pythonw.exe has no console
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="replace")
 
@@ -132,7 +132,8 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Non
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """End the script at once, without waiting for its threads."""
-    os.write(2, b"\nStopped. Everything finished so far is kept. Run again to resume.\n")
+    with contextlib.suppress(OSError):  # pythonw.exe has nothing to write to
+        os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
     os._exit(128 + number)
 
 
@@ -142,8 +143,9 @@ def check_writable(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise SystemExit(
-            f"Can't write to {Path(folder).absolute()} ({error.strerror}). "
+            f"Can't write to {Path(folder).absolute()} ({reason}). "
             f"Choose another folder at the top of {Path(__file__).name}."
         ) from None
 
@@ -165,7 +167,7 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
             unfinished.unlink()
 
 
-# ---- Constants and files
+# ---- Constants and files -------------------------------------------------------------------------
 
 
 def check_prompt(text: str) -> str:
@@ -218,7 +220,7 @@ def find_write_problem(path: str) -> str | None:
         return error.strerror
 
 
-# ---- The table
+# ---- The table -----------------------------------------------------------------------------------
 
 
 def read_rows() -> list[Row]:
@@ -371,7 +373,7 @@ def find_text_fault(text: str) -> str:
     return f"special token of the model: {token[0]}" if token else ""
 
 
-# ---- The images
+# ---- The images ----------------------------------------------------------------------------------
 
 
 def check_images(rows: list[Row]) -> dict[str, ImageCheck]:
@@ -475,7 +477,7 @@ def plain_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-# ---- The result
+# ---- The result ----------------------------------------------------------------------------------
 
 
 def sort_out(rows: list[Row], checks: dict[str, ImageCheck]) -> list[Row]:

@@ -1,649 +1,3007 @@
-"""Step 4 of 4: teach Qwen2-VL-2B-Instruct to caption pictures with LoRA, and show what it learned.
+"""Step 4 of 4: teach Qwen2-VL to caption images with LoRA, and show what it learned.
 
-Reads   data_vl.json (csv2json.py) with the pictures it names, and Qwen/Qwen2-VL-2B-Instruct/ (load_model.py)
-Writes  output/Qwen2-VL-2B/: report.html (open it with a double click, from the first minutes on), the adapter with its
-        processor, checkpoints, run.json (what made it), results.json (scores, captions before and after); swanlog/
-Run     python train.py, on several cards torchrun --nproc_per_node=2 train.py; stopped halfway, run again: it goes on
-Takes   minutes for 500 pictures, 6 GB of a small card or 10 of a large one; the heaviest pass is measured first
+Reads   data_vl.json (from csv2json.py), the images it names, Qwen/Qwen2-VL-2B-Instruct/.
+Writes  output/Qwen2-VL-2B/: report.html (open it in a browser; there after the first minutes,
+        updated every epoch), the LoRA adapter, checkpoints, results.json; a SwanLab run.
+Run     python train.py, on several GPUs torchrun --nproc_per_node=2 train.py.
+        If interrupted, run it again to resume.
+Takes   minutes for 500 images; needs a GPU with 8 GB, memory is measured before training starts.
+
+Four words: a *record* is an entry of data_vl.json. An *example* is one answer with the images and
+the text before it. A *sample* is the examples that share images and prompt, a row of the table.
+A *batch* is samples padded to tensors.
 """
 
 import base64
 import contextlib
+import copy
+import csv
+import difflib
 import functools
 import hashlib
-import html
+import inspect
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
+import unicodedata
 import warnings
-from multiprocessing.pool import ThreadPool
+import zipfile
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import IO, Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
 import datasets
+import jinja2
+import numpy
 import pandas
 import peft
 import psutil
+import regex
 import requests
 import swanlab
 import torch
 import transformers
-from accelerate import PartialState, utils
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce, send_to_device
+from markupsafe import Markup
 from matplotlib import pyplot
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
-from qwen_vl_utils import process_vision_info, smart_resize
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from qwen_vl_utils import smart_resize
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data, model and optimisation; a run that was stopped goes on only where TEST_IMAGES to SEED are what they were
-DATA_JSON = "data_vl.json"  # conversations; a relative picture path in it counts from its folder
-IMAGE_FOLDERS = ["."]  # no picture outside of these is opened; "." is the folder of DATA_JSON, add yours: "e:/photos"
-ON_BAD_SAMPLE = "stop"  # "stop": list bad conversations and end; "drop": list them and train on the others
-TEST_IMAGES = 20  # pictures held out with everything said about them; more give steadier scores
-IMAGE_SIZE = 280  # pixels a side, a multiple of 28; a picture costs (side / 28)^2 tokens: 280 is 100; None: its own
-MAX_PIXELS = 400 * 28 * 28  # with IMAGE_SIZE = None: a larger picture is made smaller, its proportions stay
-MAX_LENGTH = 2048  # tokens of a sequence: picture, prompt and captions
-MODEL_FOLDER = "Qwen/Qwen2-VL-2B-Instruct"  # any Qwen2-VL folder
-LOAD_IN_4BIT = False  # True: a quarter of the memory for the language model's weights; needs bitsandbytes
-LORA_RANK = 64  # width of the adapter; its size and memory grow with it; 8 to 64 are usual
-LORA_ALPHA = 16  # the adapter's output is scaled by alpha / rank
-LORA_DROPOUT = 0.05  # share of the adapter's inputs dropped while training
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of the language model
-BATCH_SIZE = 4  # pictures a pass, each with all its captions; halve it when memory runs out, ...
-GRADIENT_ACCUMULATION = 4  # ... and double this: passes an optimizer step, which sees BATCH_SIZE x this many pictures
-EPOCHS = 2  # times that each training picture is seen
-LEARNING_RATE = 1e-4  # peak; 1e-5 to 5e-4 are usual for LoRA
-WARMUP = 0.03  # share of the steps in which the rate climbs from 0; then it falls to 0 in a line
-SEED = 42  # of the split, the shuffling, the adapter's first weights and its dropout
-GRADIENT_CHECKPOINTING = "auto"  # True: about 30 % slower, 3 GB less at batch 4; "auto": on cards below 12 GB
-DATALOADER_WORKERS = "auto"  # processes that open pictures, about 180 a second each; 0: none; "auto": 2 for a card
-# Evaluation and saving
-EVAL_BATCH_SIZE = 8  # held-out pictures at a time
-MAX_NEW_TOKENS = 128  # a caption that doesn't end by itself is cut here
-SAMPLES_SHOWN = 5  # held-out pictures followed from evaluation to evaluation, on the terminal and in SwanLab
-LOG_STEPS = 5  # optimizer steps between two points of the curves
-SAVE_STEPS = 100  # optimizer steps between checkpoints; the end of an epoch is always saved
-KEEP_CHECKPOINTS = 2  # older ones are deleted
-OUTPUT_FOLDER = "output/Qwen2-VL-2B"
-SWANLAB_MODE = "auto"  # "online", "local", "offline", "disabled"; "auto": online if logged in, else local
-SWANLAB_PROJECT, SWANLAB_EXPERIMENT = "Qwen2-VL-finetune", "qwen2vl-coco2014"
-SWANLAB_TIMEOUT = 90  # seconds that SwanLab may hold up the start, and the end
-SHARE_MACHINE_INFO = False  # True: host name, folder, command line and git address go into the run's page
-# ---------------------------------------------------------------------------------------------------------------------
+PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
+Texts = Annotated[list[str], Field(min_length=1)]
+ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, lt=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+ImageSide = Annotated[int, Field(ge=56, le=3584)]
+Pixels = Annotated[int, Field(ge=56 * 56, le=3584 * 3584)]
 
-EpsImagePlugin.gs_binary = False  # a PostScript file that is named .jpg must not start Ghostscript
-picture_marker = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
-special_token = re.compile(r"<\|\w+\|>")  # the shape of what only the chat template may write
-end_of_turn = "<|im_end|>"  # what it writes behind each turn
-word = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")  # no punctuation, as COCO; a Chinese character is a word
+# --------------------------------------------------------------------------------------------------
+# Data
+DATA_JSON: PathText = "data_vl.json"  # relative image paths in it count from its folder
+TEST_JSON: PathText | None = None  # held-out records of your own; None: TEST_IMAGES of DATA_JSON
+TEST_IMAGES: PositiveInt = 50  # images held out with all their captions; more: less noisy scores
+ON_BAD_SAMPLE: Literal["stop", "drop"] = "stop"  # what to do with unusable records and images
+IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's names
+IMAGE_SIZE: ImageSide | None = 280  # side in pixels (280: 100 tokens); None keeps the image's own
+MAX_PIXELS: Pixels = 400 * 28 * 28  # with IMAGE_SIZE = None, larger images are shrunk to this
+MAX_LENGTH: PositiveInt = 2048  # tokens of a sample: images, prompt and captions
 
+# Model and adapter
+MODEL_FOLDER: PathText = "Qwen/Qwen2-VL-2B-Instruct"  # written by load_model.py
+LOAD_IN_4BIT: bool = False  # quarters the memory of the weights; needs bitsandbytes
+LORA_RANK: PositiveInt = 64  # width of the adapter, usually 8 to 64
+LORA_ALPHA: Positive = 16  # the adapter's output is scaled by LORA_ALPHA / LORA_RANK
+LORA_DROPOUT: Share = 0.05  # dropout probability of the adapter's inputs
+# Layers of the language model that get an adapter
+LORA_TARGETS: Texts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-def check_constants():
-    """Refuse an impossible constant by its name, before anything is read."""
-    counts = "TEST_IMAGES MAX_LENGTH LORA_RANK BATCH_SIZE GRADIENT_ACCUMULATION EVAL_BATCH_SIZE MAX_NEW_TOKENS"
-    counts += " EPOCHS SAMPLES_SHOWN LOG_STEPS SAVE_STEPS KEEP_CHECKPOINTS"
-    legal = dict.fromkeys(counts.split(), range(1, 10**9)) | {"SEED": range(2**32)}
-    legal |= {"IMAGE_SIZE": (None, *range(56, 3585, 28)), "MAX_PIXELS": range(56**2, 3584**2 + 1)}
-    positive, share = pandas.Interval(0, 10**6, closed="neither"), pandas.Interval(0, 1, closed="left")
-    legal |= {"LORA_ALPHA": positive, "LEARNING_RATE": positive, "SWANLAB_TIMEOUT": positive, "LORA_DROPOUT": share}
-    legal |= {"SWANLAB_MODE": ("auto", "online", "local", "offline", "disabled"), "LOAD_IN_4BIT": (True, False)}
-    legal |= {"ON_BAD_SAMPLE": ("stop", "drop"), "DATALOADER_WORKERS": ("auto", *range(100)), "WARMUP": share}
-    legal |= {"GRADIENT_CHECKPOINTING": ("auto", True, False), "SHARE_MACHINE_INFO": (True, False)}
-    for name, values in legal.items():
-        kinds = (int, float) if isinstance(values, pandas.Interval) else (int, str, type(None))
-        if not isinstance(value := globals()[name], kinds) or value not in values:
-            raise SystemExit(f"{name} = {value!r} at the top of train.py can't work: it must be in {values}.")
-    if not isinstance(IMAGE_FOLDERS, list) or {*map(type, IMAGE_FOLDERS)} != {str}:
-        raise SystemExit(f"IMAGE_FOLDERS = {IMAGE_FOLDERS!r} at the top of train.py: it must be a list of texts.")
-    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
-        raise SystemExit("LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to False.")
+# Optimisation
+EPOCHS: PositiveInt = 2  # how often each training image is seen
+IMAGES_PER_STEP: PositiveInt = 16  # images per optimizer step, each with all its captions
+LEARNING_RATE: Positive = 1e-4  # peak; 1e-5 to 5e-4 is usual for LoRA
+WARMUP: Share = 0.03  # share of the steps in which the rate rises; then it falls to 0 in a line
+SEED: Seed = 42  # of the split, the order, the adapter's first weights and its dropout
 
+# Hardware
+DEVICE: Literal["auto", "cpu"] = "auto"  # "cpu" trains without a GPU, which takes days
+BATCH_SIZE: PositiveInt | Literal["auto"] = "auto"  # images per pass; "auto": what memory allows
+# True recomputes activations: a third slower, several GB less. "auto": only where memory needs it
+GRADIENT_CHECKPOINTING: bool | Literal["auto"] = "auto"
+TOWER_BATCH: PositiveInt = 16  # images per pass of the vision tower
+IMAGE_THREADS: PositiveInt = 8  # threads that open images
+CACHE_FOLDER: PathText = ".cache/features"  # the vision tower's output, 300 KB per image
 
-def load_processor():
-    """Load processor (tokenizer, chat template, image processor) and configuration of MODEL_FOLDER; no weights yet."""
-    try:
-        if json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2_vl":
-            raise ValueError("its config.json names another model_type")
-        return [kind.from_pretrained(MODEL_FOLDER) for kind in (transformers.AutoProcessor, transformers.AutoConfig)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{MODEL_FOLDER} is no Qwen2-VL, run load_model.py or set MODEL_FOLDER: {error}") from None
+# Evaluation
+# Asked of the base model too, in the captions' language: tells style from skill. None leaves it out
+STYLE_PROMPT: str | None = "Describe this image in one short sentence."
+# Not trained on: the report shows whether the model can still answer them. [] leaves them out
+OTHER_QUESTIONS: list[str] = ["What colours do you see?", "Is this indoors or outdoors, and why?"]
+MAX_NEW_TOKENS: PositiveInt = 128  # a caption that does not end by itself is cut here
+SAMPLES_SHOWN: PositiveInt = 5  # held-out images shown in the terminal and in SwanLab
+KEEP: Literal["best", "last"] = "best"  # the adapter of the best or of the last evaluation
 
+# Saving and logging
+OUTPUT_FOLDER: PathText = "output/Qwen2-VL-2B"  # one run per folder
+LOG_STEPS: PositiveInt = 5  # optimizer steps between log lines
+SAVE_STEPS: PositiveInt = 100  # steps between checkpoints; the end of an epoch is always saved
+KEEP_CHECKPOINTS: PositiveInt = 2  # older ones are deleted
+SWANLAB_MODE: Literal["auto", "online", "local", "offline", "disabled"] = "auto"
+SWANLAB_PROJECT: str = "Qwen2-VL-finetune"
+SWANLAB_EXPERIMENT: str = "qwen2vl-coco2014"
+SWANLAB_TIMEOUT: Positive = 90  # seconds to wait for SwanLab at the start and at the end
+SHARE_MACHINE_INFO: bool = False  # True uploads host name, folders, command line, git address
 
-@functools.cache  # five captions of a picture cost one look
-def locate_picture(name, home):
-    """Return (absolute path, height, width as the model sees it) of a picture that is named relative to home."""
-    path = Path(os.path.abspath(Path(home, name.replace("\\", "/"))))  # home falls away in front of an absolute name
-    if not any(path.is_relative_to(os.path.abspath(Path(home, folder))) for folder in IMAGE_FOLDERS):
-        raise ValueError(f"the picture {name} lies outside of IMAGE_FOLDERS: add its folder there, if it is yours")
-    try:
-        with Image.open(path if path.is_file() else "") as picture:  # its head; csv2json.py decodes all
-            sideways = not IMAGE_SIZE and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            height, width = picture.size if sideways else picture.size[::-1]
-        height, width = [IMAGE_SIZE] * 2 if IMAGE_SIZE else smart_resize(height, width, 28, max_pixels=MAX_PIXELS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture {name} can't be opened: {error}") from None
-    return str(path), height, width
+# Using the result: set these after the training too, and run train.py again
+CAPTION: PathText | None = None  # an image, a folder, or a CSV with image_path (and question)
+SAVE_MERGED: bool = False  # also write a whole model, for vLLM or llama.cpp
+# --------------------------------------------------------------------------------------------------
 
-
-@functools.lru_cache(maxsize=1000)  # nearly all records ask the same
-def encode_prompts(processor, questions):
-    """Return the token ids that the chat template writes before each answer to the questions of a conversation."""
-    gap = "<|endoftext|>"  # stands for an answer: a special token, so no question contains it
-    turns = [{"role": role, "content": text} for ask in questions for role, text in (("user", ask), ("assistant", gap))]
-    *prompts, _ = processor.apply_chat_template(turns, tokenize=False).split(gap)
-    return [processor.tokenizer.encode(text.removeprefix(end_of_turn), add_special_tokens=False) for text in prompts]
+# Constants that a resumed run may change, because the weights don't depend on them. Of DATA_JSON
+# and TEST_JSON the content is compared.
+MAY_CHANGE = {
+    "DATA_JSON", "TEST_JSON", "ON_BAD_SAMPLE", "IMAGE_FORMATS", "DEVICE", "BATCH_SIZE",
+    "GRADIENT_CHECKPOINTING", "TOWER_BATCH", "IMAGE_THREADS", "CACHE_FOLDER", "STYLE_PROMPT",
+    "OTHER_QUESTIONS", "MAX_NEW_TOKENS", "SAMPLES_SHOWN", "OUTPUT_FOLDER", "LOG_STEPS",
+    "SAVE_STEPS", "KEEP_CHECKPOINTS", "SWANLAB_MODE", "SWANLAB_PROJECT", "SWANLAB_EXPERIMENT",
+    "SWANLAB_TIMEOUT", "SHARE_MACHINE_INFO", "CAPTION", "SAVE_MERGED",
+}  # fmt: skip
+SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+IMAGE_MARKER = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # what only the chat template may write
+END_OF_TURN = "<|im_end|>"  # the chat template ends every turn with it
+IGNORE = -100  # label of a token that is not learned
+PADDING, PROMPT = -1, 0  # owners of tokens; caption number k owns its tokens as k = 1, 2, ...
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # one of several processes speaks for all
+USES_FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate launch
 
 
-def parse_record(record, processor):
-    """Return pictures, texts "asked", token ids "prompt" [prompt, answer, ..., prompt] and "answer"; or ValueError."""
-    try:
-        roles = [turn["from"] for turn in record["conversations"]]
-        texts = [turn["value"] for turn in record["conversations"]]
-        names = [name.strip() for question in texts[::2] for name in picture_marker.findall(question)]
-        forged = special_token.search("\n".join([*(picture_marker.sub("", text) for text in texts[::2]), *texts[1::2]]))
-        "".join(texts).encode("utf-8")  # half a surrogate pair is no text, says the error
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError('it is not {"conversations": [{"from": ..., "value": ...}, ...]}') from None
-    if forged:
-        raise ValueError(f"its text contains {forged[0]}, which only the chat template may write")
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(str.strip, texts[1::2])) or not names:
-        raise ValueError("its turns are not from user, assistant, ..., an answer is empty, or it names no picture")
-    pictures = [locate_picture(name, os.path.realpath(os.path.dirname(DATA_JSON))) for name in names]
-    seen = [f"<|vision_start|>{'<|image_pad|>' * (h * w // 28**2)}<|vision_end|>" for _, h, w in pictures]
-    prompts = encode_prompts(processor, tuple(picture_marker.sub(lambda _: seen.pop(0), ask) for ask in texts[::2]))
-    encode = processor.tokenizer.backend_tokenizer.encode  # answers are many: without the tokenizer's own overhead
-    answers = [encode(text + end_of_turn, add_special_tokens=False).ids for text in texts[1::2]]
-    *prompt, answer = (ids for turn in zip(prompts, answers, strict=True) for ids in turn)
-    if (tokens := sum(map(len, prompt)) + len(answer)) > MAX_LENGTH:
-        raise ValueError(f"its {tokens} tokens are more than MAX_LENGTH = {MAX_LENGTH}")
-    return {"pictures": pictures, "asked": tuple(texts[:-1]), "prompt": prompt, "answer": answer}
+# ---- Shared with the other scripts ---------------------------------------------------------------
 
 
-def read_conversations(processor):
-    """Read DATA_JSON; records that can't be trained on are listed, then refused or dropped. Returns parsed records."""
-    try:
-        records = json.loads(Path(DATA_JSON).read_text(encoding="utf-8-sig"))
-        if not records or not isinstance(records, list):
-            raise ValueError("no list of conversations")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{DATA_JSON} can't be used ({error}): run csv2json.py, or set DATA_JSON.") from None
-    conversations, bad = [], []
-    for number, record in enumerate(tqdm(records, desc="Checking", unit=" conversations"), start=1):
+def check_path(path: str) -> str:
+    """Expand ~ in a path constant, and refuse text that can't be a path."""
+    # "e:\new" is a line break between "e:" and "ew": Python reads \n as one character
+    if not path.strip() or any(ord(character) < 32 for character in path):
+        raise ValueError(r'it should be a path, such as "e:/LLM/new" or r"e:\LLM\new"')
+    return os.path.expanduser(path)
+
+
+def check_formats(names: list[str]) -> list[str]:
+    """Refuse formats that Pillow can't read, and the one that isn't safe."""
+    Image.init()  # else Pillow knows only the five commonest formats
+    # EPS is a program, which Pillow starts Ghostscript to run
+    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
+        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
+    return names
+
+
+def check_constants() -> None:
+    """Stop with one sentence if a constant at the top has an impossible value."""
+    script = sys.modules[__name__]
+    for name, rule in get_type_hints(script, include_extras=True).items():
+        value = getattr(script, name)
         try:
-            conversations.append(parse_record(record, processor))
-        except ValueError as reason:
-            bad.append(f"record {number}: {reason}")
-    if bad:
-        print(f"{len(bad)} of {len(records)} conversations can't be trained on:", *bad[:20], sep="\n  ")
-        if ON_BAD_SAMPLE == "stop" or not conversations:
-            raise SystemExit(f'Mend {DATA_JSON} ({bad[0]}), or set ON_BAD_SAMPLE = "drop" to go on without them.')
-    return conversations
+            checked = TypeAdapter(rule, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+            reason = " or ".join(reasons).replace("Input", "it")
+            raise SystemExit(
+                f"{name} = {value!r} at the top of {Path(__file__).name} can't work: {reason}."
+            ) from None
+        setattr(script, name, checked)  # a path with ~ expanded, all else as it was
 
 
-def split_by_picture(conversations):
-    """Hold out the TEST_IMAGES pictures of smallest hash, the same on every run, with everything said about them."""
-    home = os.path.realpath(os.path.dirname(DATA_JSON))  # not part of the hash: the same split in another folder
-    names = {p: p[0].removeprefix(home).replace(os.sep, "/") for c in conversations for p in c["pictures"]}
-    order = sorted(names, key=lambda picture: hashlib.sha256(f"{SEED}:{names[picture]}".encode()).digest())
-    held_out, test, train, size = set(order[:TEST_IMAGES]), [], conversations, 0
-    while size < len(held_out):  # a conversation about several pictures takes all of them along
-        size = len(held_out)
-        test += [conversation for conversation in train if not held_out.isdisjoint(conversation["pictures"])]
-        train = [conversation for conversation in train if held_out.isdisjoint(conversation["pictures"])]
-        held_out.update(picture for conversation in test for picture in conversation["pictures"])
-    if not train:
-        raise SystemExit(f"TEST_IMAGES = {TEST_IMAGES} of {len(names)} pictures leaves none to train on: lower it.")
-    return train, test
+def prepare_console() -> None:
+    """Let print and progress bars work on every console: code pages, notebooks, pythonw."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # pythonw.exe has no console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="replace")
 
 
-def share_prompts(conversations, most_tokens):
-    """Gather the captions of a prompt, up to most_tokens together: a row of the table is what CaptionCollator reads."""
-    samples, latest = [], {}
-    for conversation in conversations:
-        pictures, key, pieces, answer = conversation.values()
-        if key not in latest or latest[key]["tokens"] + len(answer) > most_tokens:
-            labels = [piece if number % 2 else [-100] * len(piece) for number, piece in enumerate(pieces)]
-            latest[key] = {"pictures": [p[0] for p in pictures], "sizes": [p[1:] for p in pictures], "answers": []}
-            latest[key] |= {"prompt": sum(pieces, []), "labels": sum(labels, []), "tokens": sum(map(len, pieces))}
-            samples.append(latest[key])
-        latest[key]["answers"].append(answer)
-        latest[key]["tokens"] += len(answer) + 1  # each has a line break of its own in front
-    return datasets.Dataset.from_list(samples)
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call handler on Ctrl-C, kill, a closed terminal, and Ctrl-Break on Windows."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)  # Windows lacks SIGHUP, the others SIGBREAK
+        # nohup ignores SIGHUP on purpose: leave it ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
-def prepare_tables(processor, resuming):
-    """Check and split the data, once for all processes and all resumes. Returns {"train", "test"}, memory-mapped."""
-    folder = Path(OUTPUT_FOLDER) / "table"
-    kept = resuming and folder.is_dir() and datasets.load_from_disk(folder)["train"][0]["pictures"][0]
-    if PartialState().is_main_process and not (kept and os.path.isfile(kept)):  # else the project was moved
-        train, test = split_by_picture(read_conversations(processor))
-        tables = datasets.DatasetDict(train=share_prompts(train, MAX_LENGTH), test=share_prompts(test, sys.maxsize))
-        tables.save_to_disk(f"{folder}.tmp")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(f"{folder}.tmp", folder)
-    PartialState().wait_for_everyone()
-    return datasets.load_from_disk(folder)
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End the script at once, without waiting for its threads."""
+    with contextlib.suppress(OSError):  # pythonw.exe has nothing to write to
+        os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
+    os._exit(128 + number)
 
 
-def write_file(path, content):
-    """Write text, or anything else as readable JSON, in one rename: a killed run never leaves half a file."""
-    if PartialState().is_main_process:  # with torchrun there is one process a card, and one of them writes
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2)
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
-
-
-class CaptionCollator:
-    r"""Open pictures and build the model's input, for training and prediction alike; runs in worker processes.
-
-    In training the captions of a picture share its prompt. A row of the batch, padded on the left, is
-        prompt without its final "\n" | "\n" caption 1 <|im_end|> | "\n" caption 2 <|im_end|> | ...
-    where a caption sees the prompt and itself, at positions that start where the prompt ends: loss and gradients are
-    those of separate samples, for the price of one picture. Each has its own line break, to predict its first token.
-    """
-
-    # Qwen2-VL's own positions (time, row, column of a token); they need no weights, so a worker needs no model
-    get_rope_index = transformers.Qwen2VLModel.get_rope_index
-    get_vision_position_ids = transformers.Qwen2VLModel.get_vision_position_ids
-
-    def __init__(self, processor, config):
-        self.processor, self.config = processor, config
-
-    def open_picture(self, name, size):
-        """Open a picture upright, as RGB, resized here and nowhere else; a lost one comes grey, as L, and is told."""
-        try:
-            upright = ImageOps.exif_transpose(Image.open(name))
-            picture = {"image": upright, "resized_height": size[0], "resized_width": size[1]}
-            return process_vision_info([{"content": [picture]}])[0][0]
-        except Exception as error:  # Pillow raises a dozen kinds of error on damaged files
-            print(f"DROPPED: the picture {name} can't be opened ({error})", file=sys.stderr, flush=True)
-            return Image.new("L", (size[1], size[0]), "grey")
-
-    def encode(self, samples, with_answers=False):
-        """Lay out samples as rows of T tokens, padded on the left; captions of a lost picture are not supervised.
-
-        Returns input_ids, mm_token_type_ids (1: image), captions (below 0: padding, 0: prompt, k: caption k), labels
-        (-100: not supervised), all (B, T); pixel_values (sum of patches, 1176); image_grid_thw (pictures, 3); names.
-        """
-        rows, pictures, names = [], [], []  # of a row: (token, caption, label) each
-        for sample in samples:
-            *row, newline = zip(sample["prompt"], [0] * len(sample["prompt"]), sample["labels"], strict=True)
-            for caption, answer in enumerate(sample["answers"] if with_answers else [], start=1):
-                row += [(newline[0], caption, -100), *((token, caption, token) for token in answer)]
-            row = torch.tensor(row if with_answers else [*row, newline])  # (tokens, 3)
-            opened = list(map(self.open_picture, sample["pictures"], sample["sizes"]))
-            row[:, 2] = row[:, 2].where(torch.tensor(all(p.mode == "RGB" for p in opened)), -100)  # lost: no lesson
-            rows.append(row)
-            pictures += opened
-            names += sample["pictures"]
-        fields = torch.nn.utils.rnn.pad_sequence(rows, True, -100, "left")  # (B, T, 3)
-        input_ids, captions, labels = fields.unbind(-1)  # (B, T) each
-        input_ids = input_ids.where(captions >= 0, self.processor.tokenizer.pad_token_id)
-        text = {"input_ids": input_ids, "captions": captions, "labels": labels}
-        text |= {"mm_token_type_ids": (input_ids == self.processor.image_token_id).long()}
-        return text | {**self.processor.image_processor(pictures, do_resize=False, return_tensors="pt"), "names": names}
-
-    def __call__(self, samples):
-        """Build a training batch, B rows of T tokens, N of them supervised.
-
-        Returns encode()'s tensors; attention_mask (B, 1, T, T) bool, True where a token (row) sees another (column);
-        position_ids (3, B, T); logits_to_keep (B, T) bool with N True; shift_labels (N,), what those predict.
-        """
-        if torch.utils.data.get_worker_info():  # Ctrl-C and the like are for the main process, which saves first
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        batch = self.encode(samples, with_answers=True)
-        captions = batch.pop("captions")  # (B, T)
-        prompt = {"mm_token_type_ids": batch.pop("mm_token_type_ids"), "attention_mask": captions == 0}
-        position_ids, _ = self.get_rope_index(batch["input_ids"], image_grid_thw=batch["image_grid_thw"], **prompt)
-        prompt_end = position_ids.amax(dim=(0, 2))[:, None] + 1  # position_ids (3, B, T), prompt_end (B, 1)
-        for caption in range(1, int(captions.max()) + 1):
-            inside = captions == caption  # (B, T)
-            position_ids = torch.where(inside, prompt_end + inside.cumsum(1) - 1, position_ids)
-        query, key = captions[:, :, None], captions[:, None, :]
-        # padding sees padding: attention over a row without any True would be NaN
-        attention_mask = ((query == key) | (key == 0)).tril()  # (B, T, T)
-        # the logits at a token predict the next one; only those with something to predict are ever computed
-        next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # (B, T)
-        batch |= {"attention_mask": attention_mask[:, None], "position_ids": position_ids}
-        return batch | {"logits_to_keep": next_labels != -100, "shift_labels": next_labels[next_labels != -100]}
-
-
-def choose_device():
-    """Return (device, dtype) to load the base model with, and say why; the adapter itself is float32 in any case."""
-    if not torch.cuda.is_available():
-        print(f"No CUDA card (torch {torch.__version__}, CUDA {torch.version.cuda}): the CPU is for small models only.")
-        return PartialState(cpu=True).device, torch.float32
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    print(f"{torch.cuda.get_device_name()}, {half}")  # float16, on a T4 or RTX 20xx, can overflow; its loss is scaled
-    return "cpu" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else PartialState().device, half  # shared out later
-
-
-def load_model(device, dtype):
-    """Load the base model and put a LoRA adapter beside each of LORA_TARGETS; only the adapter is trained."""
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and stop with one sentence if nothing can be written to it."""
     try:
-        options = {"dtype": dtype, "use_safetensors": True, "device_map": device}  # a checkpoint in pickles is not read
-        if LOAD_IN_4BIT:
-            four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-            four_bits |= {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["model.visual", "lm_head"]}
-            options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, **options)
-    except Exception as error:
-        raise SystemExit(f"{MODEL_FOLDER} doesn't load: {error}. Damaged? load_model.py run again mends it.") from None
-    layers = {n.rpartition(".")[2] for n, m in model.model.language_model.named_modules() if hasattr(m, "in_features")}
-    if unknown := sorted(set(LORA_TARGETS) - layers):
-        raise SystemExit(f"LORA_TARGETS names {unknown[0]}, and no layer of the language model is called that.")
-    model.config.text_config.use_cache = False  # nothing is read twice in training; generate() sets its own
-    # the vision tower is frozen: without a graph for it nothing of it is kept, recomputed or back-propagated
-    model.model.visual.forward = torch.no_grad()(model.model.visual.forward)
-    lora = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": LORA_DROPOUT, "target_modules": LORA_TARGETS}
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise SystemExit(
+            f"Can't write to {Path(folder).absolute()} ({reason}). "
+            f"Choose another folder at the top of {Path(__file__).name}."
+        ) from None
 
 
 @contextlib.contextmanager
-def tracking(constants):
-    """Open a SwanLab run; whatever is wrong with SwanLab is printed, and training goes on."""
-    os.environ.pop("SWANLAB_PROJECT", None)  # SwanLab refuses to start where it is set; the constant says it anyway
-    probe = dict.fromkeys(("runtime", "git", "requirements", "swanlab"), SHARE_MACHINE_INFO)
-    private = {"probe": swanlab.Settings.Probe(**probe), "terminal": swanlab.Settings.Terminal(proxy_type="none")}
-    run = {"project": SWANLAB_PROJECT, "name": SWANLAB_EXPERIMENT, "config": constants}
-    for mode in (SWANLAB_MODE, "offline"):  # offline: recorded on disk, for swanlab sync to upload
-        try:
-            settings = swanlab.Settings(interactive=False, **private)  # it asks for no key
-            if mode == "auto":
-                mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
-            if mode == "online":  # a start that hangs would let no other begin
-                requests.head(settings.api_host, timeout=min(10, SWANLAB_TIMEOUT))
-            run |= {"mode": mode, "settings": settings}
-            ThreadPool(1).apply_async(swanlab.init, kwds=run).get(SWANLAB_TIMEOUT)
-            break
-        except Exception as problem:
-            print(f"SwanLab does not start in mode {mode}: {problem!r}")
+def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that replaces path once it is whole and on the disk."""
+    unfinished = Path(f"{path}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"
     try:
-        yield
+        with open(unfinished, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave an empty file under the new name
+        os.replace(unfinished, path)
     finally:
-        failure = sys.exc_info()[1]
-        end = {"state": "crashed", "error": type(failure).__name__} if failure else {}  # its text may name folders
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+# ---- The run: what made it, and where it stopped -------------------------------------------------
+
+
+def describe_run() -> dict:
+    """Return what makes this run: constants, versions, and the hash of its data."""
+    script = sys.modules[__name__]
+    data = hashlib.sha256()
+    for path in filter(None, (DATA_JSON, TEST_JSON)):
         try:
-            if swanlab.has_run():
-                advice = f"upload later: swanlab sync {swanlab.get_run().dir} --id {swanlab.get_run().id}"
-                ThreadPool(1).apply_async(swanlab.finish, kwds=end).get(SWANLAB_TIMEOUT)
-        except Exception as problem:
-            print(f"SwanLab did not finish ({problem!r}), {advice}\n{failure or ''}", flush=True)
-            code = getattr(failure, "code", 1) if failure else 0
-            os._exit(code if isinstance(code, int) else 1)  # its waiting threads would keep the process alive for ever
+            data.update(Path(path).read_bytes())
+        except OSError as error:
+            raise SystemExit(
+                f"{path} can't be read ({error.strerror}). Run csv2json.py, or set DATA_JSON."
+            ) from None
+    return {
+        "constants": {name: getattr(script, name) for name in get_type_hints(script)},
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
+        "data": data.hexdigest(),
+    }
 
 
-def settle_run():
-    """Describe this run for run.json; refuse to mix it with another one. Returns (run, newest whole checkpoint)."""
-    if not Path(DATA_JSON).is_file():
-        raise SystemExit(f"{DATA_JSON} is missing: run csv2json.py first, or set DATA_JSON.")
-    run = {"constants": {name: value for name, value in globals().items() if name.isupper()}}
-    run |= {"versions": {library.__name__: library.__version__ for library in (torch, transformers, peft)}}
-    run["shape"] = pandas.Series(run["constants"]).loc["TEST_IMAGES":"SEED"].to_dict()
-    run["shape"]["the data"] = hashlib.sha256(Path(DATA_JSON).read_bytes()).hexdigest()
-    folder, path = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER, "run.json")
-    if any([*folder.glob("checkpoint-*"), *folder.glob("results.json")]):  # something was trained there
-        old = json.loads(path.read_text(encoding="utf-8")).get("shape", {}) if path.is_file() else {}
-        if changed := [f"{n} was {old.get(n)}, is {now}" for n, now in run["shape"].items() if old.get(n) != now]:
-            raise SystemExit(f"{folder} holds another run ({'; '.join(changed)}): set OUTPUT_FOLDER to a new folder.")
-    complete = {0: None}
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:  # the Trainer writes this file last
-            state = (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
-            complete[json.loads(state)["global_step"]] = str(checkpoint)
-        except (OSError, ValueError):
-            print(f"{checkpoint} is incomplete (the run was stopped while writing it): left out.")
-    return run, complete[max(complete)]
+def refuse_another_run(run: dict) -> None:
+    """Stop if OUTPUT_FOLDER holds a run made with other constants or other data."""
+    folder = Path(OUTPUT_FOLDER)
+    if not find_checkpoints() and not is_finished():
+        return  # nothing was trained there
+    try:
+        old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        before = {"the data": old["data"], **old["constants"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SystemExit(
+            f"{folder} holds checkpoints of another program, or its run.json is damaged. "
+            "Set OUTPUT_FOLDER to a new folder."
+        ) from None
+    changes = []
+    # whatever is not in MAY_CHANGE, a constant that somebody adds included
+    for name, value in {"the data": run["data"], **run["constants"]}.items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            changes.append(f"{name} was {before.get(name)!r} and is {value!r} now")
+    if changes:
+        raise SystemExit(
+            f"{folder} holds another run ({'; '.join(changes)}). Set OUTPUT_FOLDER to a new "
+            "folder, or undo the change."
+        )
 
 
-class Guard(transformers.TrainerCallback):
-    """Try the heaviest pass before the first step; lose nothing to a signal, a full disk or a resume."""
+def is_finished() -> bool:
+    """Tell whether the run in OUTPUT_FOLDER was trained to its end: this file is written last."""
+    return (Path(OUTPUT_FOLDER) / "results.json").is_file()
 
-    training, stopped_by = False, 0  # the number of the signal that asked to stop
 
-    def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
-        self.check_disk(model, copies=KEEP_CHECKPOINTS + 1)
-        table, tokens = train_dataloader.dataset, train_dataloader.dataset["tokens"][:]
-        trainable, captions = model.get_nb_trainable_parameters()[0], sum(map(len, table["answers"]))
-        pads = max(height * width for sizes in table["sizes"] for height, width in sizes) // 28**2
-        print(f"{captions} captions, {pads} tokens a picture at most; {trainable:,} parameters are trained")
-        print(f"{state.max_steps} steps of {BATCH_SIZE * GRADIENT_ACCUMULATION} pictures; at step {state.global_step}")
-        longest = sorted(range(len(table)), key=tokens.__getitem__)[-BATCH_SIZE:]
-        batch = train_dataloader.collate_fn(table.select(longest))
-        inputs = {name: tensor.to(args.device) for name, tensor in batch.items() if name != "names"}
-        model.train()(**inputs).loss.backward()
-        model.zero_grad()
-        peak = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss  # of the card, if any
-        print(f"Tried the heaviest pass: {(peak + 8 * trainable) / 2**30:.2f} GiB, with the two numbers of Adam")
+def find_checkpoints() -> list[Path]:
+    """Return the checkpoints in OUTPUT_FOLDER, the oldest first."""
+    # "checkpoint-4-best" is a copy that the user made, and not ours to delete
+    return sorted(filter(step_of, Path(OUTPUT_FOLDER).glob("*")), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint, 0 if the folder is none."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else 0
+
+
+def last_checkpoint() -> Path | None:
+    """Return the newest whole checkpoint; name those that are left out."""
+    for checkpoint in reversed(find_checkpoints()):
+        damage = find_damage(checkpoint)
+        if not damage:
+            return checkpoint
+        print(f"{checkpoint} is left out: {damage}.")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str:
+    """Return what is wrong with a checkpoint, "" for nothing; reads every file of it."""
+    names = ["trainer_state.json", "scheduler.pt", "adapter_model.safetensors", "optimizer.pt"]
+    if (checkpoint / "optimizer_0").is_dir():  # FSDP writes folders with a shard per process
+        names[2:] = ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"]
+    for name in names:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                safe_open(path, framework="pt")
+            elif path.suffix in (".pt", ".pth", ".bin"):  # PyTorch's files are zip archives
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        raise zipfile.BadZipFile
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+            return f"{path.name} is damaged"
+    return ""
+
+
+# ---- Hardware ------------------------------------------------------------------------------------
+
+
+class Base(NamedTuple):
+    """The base model: what reads its input, its shape, and where it runs in which precision."""
+
+    processor: transformers.ProcessorMixin  # tokenizer, chat template and image processor
+    config: PreTrainedConfig
+    device: torch.device
+    dtype: torch.dtype  # of the frozen weights; the adapter is float32 in any case
+
+    @property
+    def patch(self) -> int:
+        """Return the side in pixels of the squares that the vision tower cuts an image into."""
+        return self.processor.image_processor.patch_size
+
+    @property
+    def side(self) -> int:
+        """Return the side in pixels of the square that becomes one image token."""
+        return self.patch * self.processor.image_processor.merge_size
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Compute in the precision of the frozen weights."""
+        reduced = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
+
+
+def load_processor() -> tuple[transformers.ProcessorMixin, PreTrainedConfig]:
+    """Load processor and configuration of MODEL_FOLDER; no weights yet."""
+    try:
+        raw = json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))
+        if raw["model_type"] not in SUPPORTED_MODELS:
+            raise ValueError(f"it is a {raw['model_type']} model")
+        if "quantization_config" in raw:
+            raise ValueError("its weights are quantised, take the plain model and LOAD_IN_4BIT")
+        processor = transformers.AutoProcessor.from_pretrained(MODEL_FOLDER)
+        return processor, transformers.AutoConfig.from_pretrained(MODEL_FOLDER)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{MODEL_FOLDER} can't be used: {error}. Run load_model.py, or set MODEL_FOLDER to a "
+            f"model of {', '.join(SUPPORTED_MODELS.values())}."
+        ) from None
+
+
+def check_launcher() -> None:
+    """Stop if this is one of several processes that don't know their GPU or their share."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if (processes > 1 or not IS_MAIN) and "LOCAL_RANK" not in os.environ:
+        raise SystemExit(
+            "RANK or WORLD_SIZE is set, but not LOCAL_RANK: this process would wait for others "
+            "for ever. Start with torchrun, or unset them."
+        )
+    if IMAGES_PER_STEP % processes:
+        raise SystemExit(
+            f"IMAGES_PER_STEP = {IMAGES_PER_STEP} can't be shared by {processes} processes. "
+            f"Set it to a multiple of {processes}."
+        )
+
+
+def why_no_gpu() -> str:
+    """Return why no NVIDIA GPU can be used, and what to do; "" if one can."""
+    version = torch.__version__.partition("+")[0]
+    # torch 2.14 is published for CUDA 12.6 (cu126), 13.0 (cu130) and 13.2 (cu132)
+    older = f"the cu126 build of torch {version} and its torchvision (pytorch.org has the command)"
+    if torch.version.cuda is None:
+        return f"this torch has no CUDA. Install a CUDA build: with a driver before 580, {older}"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        if "too old" in str(error):
+            cuda = torch.version.cuda
+            return f"the driver is too old for CUDA {cuda}. Update it to 580, or install {older}"
+        return f"torch finds none ({str(error).partition('.')[0]}). See what nvidia-smi says"
+    major, minor = torch.cuda.get_device_capability()
+    oldest = min(int(name[3:]) for name in torch.cuda.get_arch_list() if name[:3] == "sm_")
+    if 10 * major + minor < oldest:
+        name = torch.cuda.get_device_name()
+        return (
+            f"{name} (sm_{major}{minor}) is older than this torch supports (sm_{oldest}: T4, RTX "
+            f"20xx or newer). It may work with {older}"
+        )
+    return ""
+
+
+def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype]:
+    """Choose device and precision; stop if a large model would have to train on the CPU."""
+    problem = "as DEVICE says" if DEVICE == "cpu" else why_no_gpu()
+    # NCCL gives up after 10 minutes, but one process may check a large data set for longer
+    patience = timedelta(hours=3)
+    if problem:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+        if DEVICE != "cpu" and billions > 0.2:
+            raise SystemExit(
+                f'No usable GPU: {problem}. (DEVICE = "cpu" trains these {billions:.1f} billion '
+                "parameters on the CPU all the same, in days.)"
+            )
+        print(f"Training on the CPU in float32: {problem}.")
+        return PartialState(cpu=True, timeout=patience).device, torch.float32
+    device = PartialState(timeout=patience).device
+    # cuDNN's attention gives NaN gradients on H100 at some lengths (pytorch#196678), and makes a
+    # new plan for each of the many shapes here, up to a second each
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bfloat16 else torch.float16
+    print(f"{torch.cuda.get_device_name(device)}, {dtype}, {free_memory() / 2**30:.1f} GiB free.")
+    return device, dtype
+
+
+def free_memory() -> int:
+    """Return the bytes of the GPU that this process has or can still take."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process took since reset_peak(), of the GPU if any."""
+    return torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss
+
+
+def reset_peak() -> None:
+    """Count peak_memory() from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---- Data: records -> examples -> samples --------------------------------------------------------
+
+
+class ImageFile(NamedTuple):
+    """An image as the model will see it. Equal content is the same image, whatever its name."""
+
+    path: str
+    digest: str  # SHA-256 of the file
+    height: int  # in pixels, as resized
+    width: int
+    problem: str = ""  # why it can't be used
+
+
+class Turn(NamedTuple):
+    """A question, with its images as <|vision_start|>path<|vision_end|>, and its answer."""
+
+    question: str
+    answer: str
+
+
+class Example(NamedTuple):
+    """An answer to learn, with everything before it in its conversation."""
+
+    images: tuple[ImageFile, ...]
+    question: str  # the last one, with its images as markers without a name
+    prompt: list[int]  # token ids up to the answer
+    answer: list[int]  # token ids, <|im_end|> included
+    reference: str  # the answer as text
+
+
+def model_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return the height and width to which an image is resized, multiples of side.
+
+    Raises ValueError for shapes that the model can't see.
+    """
+    if IMAGE_SIZE:
+        square = math.ceil(IMAGE_SIZE / side) * side
+        return square, square
+    height, width = smart_resize(height, width, factor=side, max_pixels=MAX_PIXELS)
+    if min(height, width) < side or max(height, width) > 200 * min(height, width):
+        raise ValueError(
+            f"it would be resized to {width}x{height}: the model takes no side under {side} and no "
+            "ratio over 200"
+        )
+    return height, width
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width as people see the image, without decoding it.
+
+    Cameras store a turned image with a note. Pillow heeds it for a TIFF, not for other formats.
+    """
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return (width, height) if turned and image.format != "TIFF" else (height, width)
+
+
+def inspect_image(path: str, side: int) -> ImageFile:
+    """Read an image file: the hash of its content, and the size that the model will see."""
+    # a folder or a named pipe is no file, and opening a pipe would wait for ever
+    if not os.path.isfile(path):
+        return ImageFile(path, "", 0, 0, problem=describe_missing(Path(path)))
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            size = model_size(*upright_size(image), side)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return ImageFile(path, "", 0, 0, problem=f"{path} can't be opened: {error}")
+    return ImageFile(path, hashlib.sha256(content).hexdigest(), *size)
+
+
+def describe_missing(file: Path) -> str:
+    """Return the reason for an image that isn't there, with the file that was perhaps meant."""
+    if file.is_symlink():
+        return f"image is a link to a file that is missing: {file}"
+    found = Path(file.anchor)
+    for name in file.parts[1:]:
+        if not os.path.exists(found / name):
+            name = find_similar(found, name)
+        found /= name
+    if not found.is_file():
+        return f"image is missing: {file}"
+    same = unicodedata.normalize("NFC", str(file)) == unicodedata.normalize("NFC", str(found))
+    hint = " (it looks the same, but its accents are other Unicode characters)" if same else ""
+    return f"image is missing: {file}. Did you mean {found}?{hint}"
+
+
+@functools.cache
+def find_similar(folder: Path, name: str) -> str:
+    """Return the name in a folder that was perhaps meant; without one, the name as it is."""
+    names = list_folder(folder)
+    spelling = plain_spelling(name)
+    # Comparing each with each would take hours in a large folder
+    if spelling in names or len(names) > 1000:
+        return names.get(spelling, name)
+    # 2.jpg is another image than 1.jpg, not a misspelling
+    digits = re.findall(r"\d", name)
+    candidates = [other for other in names if re.findall(r"\d", other) == digits]
+    similar = difflib.get_close_matches(spelling, candidates, n=1, cutoff=0.9)
+    return names[similar[0]] if similar else name
+
+
+@functools.cache
+def list_folder(folder: Path) -> dict[str, str]:
+    """Return the names in a folder by their plain spelling."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    return {plain_spelling(name): name for name in names}
+
+
+def plain_spelling(name: str) -> str:
+    """Return a name in lower case and in one Unicode form: macOS takes é apart, e and an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def inspect_images(paths: Iterable[str], side: int) -> dict[str, ImageFile]:
+    """Inspect images in threads; returns them by path."""
+    paths = sorted(set(paths))
+    inspect_one = functools.partial(inspect_image, side=side)
+    with ThreadPoolExecutor(IMAGE_THREADS) as pool:
+        results = pool.map(inspect_one, paths)
+        bar = tqdm(results, "Inspecting images", len(paths), unit=" images", disable=not IS_MAIN)
+        return dict(zip(paths, bar, strict=True))
+
+
+def locate_image(name: str, home: Path) -> str:
+    """Return the absolute path of an image that is named relative to home.
+
+    Raises ValueError for what is not a path on this machine.
+    """
+    name = name.strip().replace("\\", "/")
+    if not name or "\0" in name:
+        raise ValueError("names no image between <|vision_start|> and <|vision_end|>")
+    # Windows would log in to the computer of a // path with the user's name
+    if "://" in name or name.startswith(("//", "data:")):
+        raise ValueError(f"{name} is an address: download the image and name its file")
+    return os.path.abspath(home / name)
+
+
+def read_turns(record: Any) -> list[Turn]:  # noqa: ANN401, a record can be anything at all
+    """Return the turns of a record, or raise ValueError if it can't be trained on."""
+    try:
+        roles = [turn["from"] for turn in record["conversations"]]
+        texts = [turn["value"] for turn in record["conversations"]]
+        "".join(texts).encode("utf-8")  # half of a surrogate pair is no text
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError('is not {"conversations": [{"from": ..., "value": ...}]}') from None
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError("has turns that are not user, assistant, user, assistant, ...")
+    turns = list(map(Turn, texts[::2], texts[1::2]))
+    if not IMAGE_MARKER.search(turns[0].question):
+        raise ValueError("names no image in its first question")
+    for question, answer in turns:
+        if shows_nothing(answer):
+            raise ValueError("has an empty answer")
+        forged = SPECIAL_TOKEN.search(IMAGE_MARKER.sub("", question) + "\n" + answer)
+        if forged:
+            raise ValueError(f"contains {forged[0]}, which only the chat template may write")
+    return turns
+
+
+def shows_nothing(text: str) -> bool:
+    """Tell whether text is empty or has only blanks and characters that nobody sees."""
+    # Separators, controls and format characters (zero-width space, byte order mark).
+    # Not all of C: an emoji that is younger than Python counts as Cn.
+    kinds = map(unicodedata.category, text)
+    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
+
+
+@functools.lru_cache(maxsize=1000)  # nearly all records ask the same question
+def encode_prompts(
+    processor: transformers.ProcessorMixin, questions: tuple[str, ...]
+) -> list[list[int]]:
+    r"""Return the token ids that the chat template writes before each answer.
+
+    The first is "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n", the next ones
+    begin with the line break behind the answer before. Encoded apart, as generation sees them.
+    """
+    # stands for an answer: a special token, so no question contains it
+    gap = "<|endoftext|>"
+    messages = []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": gap})
+    *pieces, _ = processor.apply_chat_template(messages, tokenize=False).split(gap)
+    encode = functools.partial(processor.tokenizer.encode, add_special_tokens=False)
+    # <|im_end|> belongs to the answer before: the model has to learn to end it
+    return [encode(piece.removeprefix(END_OF_TURN)) for piece in pieces]
+
+
+def show_images(question: str, images: Iterable[ImageFile], base: Base) -> str:
+    """Return a question with the tokens of its images in place of their names."""
+    counts = iter([image.height * image.width // base.side**2 for image in images])
+
+    def tokens(_: re.Match) -> str:
+        return f"<|vision_start|>{'<|image_pad|>' * next(counts)}<|vision_end|>"
+
+    return IMAGE_MARKER.sub(tokens, question)
+
+
+def make_examples(turns: list[Turn], images: dict[str, ImageFile], base: Base) -> list[Example]:
+    """Turn a conversation into as many examples as it has answers; images are found by name.
+
+    Raises ValueError for an image that can't be used and for too many tokens.
+    """
+    questions, seen = [], []
+    for turn in turns:
+        shown = [images[name] for name in IMAGE_MARKER.findall(turn.question)]
+        for image in shown:
+            if image.problem:
+                raise ValueError(f"names an image that can't be used: {image.problem}")
+        questions.append(show_images(turn.question, shown, base))
+        seen.append((*seen[-1], *shown) if seen else tuple(shown))
+    # much faster than the tokenizer's own encode, which matters for 414,113 captions
+    encode = base.processor.tokenizer.backend_tokenizer.encode
+    examples, prompt = [], []
+    pieces = encode_prompts(base.processor, tuple(questions))
+    for turn, piece, until_here in zip(turns, pieces, seen, strict=True):
+        # one list for all that ask the same: 414,113 lists of their own would fill the memory
+        prompt = prompt + piece if prompt else piece
+        answer = encode(turn.answer + END_OF_TURN, add_special_tokens=False).ids
+        count = len(prompt) + len(answer)
+        if count > MAX_LENGTH:
+            raise ValueError(f"has {count} tokens, more than MAX_LENGTH = {MAX_LENGTH}")
+        question = IMAGE_MARKER.sub("<|vision_start|><|vision_end|>", turn.question)
+        examples.append(Example(until_here, question, prompt, answer, turn.answer))
+        prompt = prompt + answer
+    return examples
+
+
+def read_examples(path: str, base: Base) -> list[Example]:
+    """Read the examples of a JSON; list unusable records, then stop or drop them."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not records or not isinstance(records, list):
+            raise ValueError("it is not a list of conversations")
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{path} can't be used ({error}). Run csv2json.py, or set DATA_JSON and TEST_JSON."
+        ) from None
+    home = Path(path).parent.resolve()
+    # first the text of all records, then their images in threads, then the tokens
+    conversations, problems, paths = [], [], {}
+    for number, record in enumerate(records, start=1):
+        try:
+            turns = read_turns(record)
+            for turn in turns:
+                for name in IMAGE_MARKER.findall(turn.question):
+                    paths[name] = locate_image(name, home)
+            conversations.append((number, turns))
+        except ValueError as reason:
+            problems.append(f"record {number} {reason}")
+    inspected = inspect_images(paths.values(), base.side)
+    images = {name: inspected[path] for name, path in paths.items()}
+    examples = []
+    for number, turns in tqdm(conversations, "Checking records", unit=" records"):
+        try:
+            examples += make_examples(turns, images, base)
+        except ValueError as reason:
+            problems.append(f"record {number} {reason}")
+    refuse_or_drop(problems, f"{len(problems)} of {len(records)} records of {path}", examples)
+    return examples
+
+
+def refuse_or_drop(problems: list[str], what: str, left: list[Example]) -> None:
+    """List what can't be used; stop if ON_BAD_SAMPLE says so, or if nothing is left."""
+    if not problems:
+        return
+    print(f"{what} can't be used:", *problems[:20], sep="\n  ")
+    if len(problems) > 20:
+        print(f"  ... and {len(problems) - 20} more")
+    if ON_BAD_SAMPLE == "stop" or not left:
+        raise SystemExit(
+            f'{what} can\'t be used ({problems[0]}). Fix them, or set ON_BAD_SAMPLE = "drop" to '
+            "train without them."
+        )
+
+
+def drop_unseen(examples: list[Example], problems: dict[str, str]) -> list[Example]:
+    """Leave out the examples whose images can't be opened, as ON_BAD_SAMPLE says."""
+    left, reasons = [], {}
+    for example in examples:
+        bad = [image.digest for image in example.images if image.digest in problems]
+        if bad:
+            reasons[bad[0]] = problems[bad[0]]
+        else:
+            left.append(example)
+    refuse_or_drop(list(reasons.values()), f"{len(reasons)} images", left)
+    return left
+
+
+def split_by_image(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Hold out TEST_IMAGES images with all that is said about them: (training, held out).
+
+    Those whose hash is smallest are held out, so the same on every run and in every folder.
+    """
+    digests = {image.digest for example in examples for image in example.images}
+    if len(digests) < 2:
+        raise SystemExit(f"{DATA_JSON} has a single image, and none to hold out beside it.")
+    wanted = min(TEST_IMAGES, max(1, len(digests) // 5))
+    if wanted < TEST_IMAGES:
+        print(f"Of {len(digests)} images {wanted} are held out, not TEST_IMAGES = {TEST_IMAGES}.")
+
+    def rank(digest: str) -> bytes:
+        return hashlib.sha256(f"{SEED}:{digest}".encode()).digest()
+
+    held_out = set(sorted(digests, key=rank)[:wanted])
+    training, test, size = examples, [], 0
+    # a conversation about several images takes all of them along
+    while size < len(held_out):
+        size = len(held_out)
+        training, test = [], []
+        for example in examples:
+            involved = {image.digest for image in example.images}
+            (training if held_out.isdisjoint(involved) else test).append(example)
+        held_out.update(image.digest for example in test for image in example.images)
+    if not training:
+        raise SystemExit(
+            f"Holding out {wanted} of {len(digests)} images leaves none to train on, because "
+            "conversations share their images. Lower TEST_IMAGES."
+        )
+    return training, test
+
+
+def refuse_shared_images(training: list[Example], test: list[Example]) -> None:
+    """Stop if an image is on both sides: its scores would tell nothing."""
+    trained_on = {image.digest: image.path for example in training for image in example.images}
+    for example in test:
+        for image in example.images:
+            if image.digest in trained_on:
+                raise SystemExit(
+                    f"{image.path} of {TEST_JSON} is also trained on, as "
+                    f"{trained_on[image.digest]} of {DATA_JSON}. Remove it from one of them."
+                )
+
+
+def gather_samples(examples: list[Example]) -> datasets.Dataset:
+    """Gather the examples that share images and prompt, up to MAX_LENGTH tokens together.
+
+    A row has: images (the fields of each ImageFile), question, prompt (token ids), answers (token
+    ids of each), references (text of each), tokens (of the whole sample), learned (tokens of its
+    answers).
+    """
+    samples, latest = [], {}
+    for example in examples:
+        key = (example.images, tuple(example.prompt))
+        # each answer has a line break of its own in front
+        cost = 1 + len(example.answer)
+        if key not in latest or latest[key]["tokens"] + cost > MAX_LENGTH:
+            latest[key] = {
+                "images": [image._asdict() for image in example.images],
+                "question": example.question,
+                "prompt": example.prompt,
+                "answers": [],
+                "references": [],
+                "tokens": len(example.prompt) - 1,
+                "learned": 0,
+            }
+            samples.append(latest[key])
+        sample = latest[key]
+        sample["answers"].append(example.answer)
+        sample["references"].append(example.reference)
+        sample["tokens"] += cost
+        sample["learned"] += len(example.answer)
+    return datasets.Dataset.from_list(samples)
+
+
+def images_of(sample: dict) -> list[ImageFile]:
+    """Return the images of a sample."""
+    return [ImageFile(**fields) for fields in sample["images"]]
+
+
+def load_tables() -> datasets.DatasetDict | None:
+    """Return the tables of an earlier start of this run, or None if there are none."""
+    try:
+        tables = datasets.load_from_disk(Path(OUTPUT_FOLDER) / "table")
+        return tables if tables["train"][0] and tables["test"][0] else None
+    except (OSError, ValueError, KeyError, IndexError):
+        return None  # missing or damaged: made anew
+
+
+def save_tables(training: list[Example], test: list[Example]) -> None:
+    """Write the tables to disk, from where they are read without filling the memory."""
+    folder, unfinished = Path(OUTPUT_FOLDER) / "table", Path(OUTPUT_FOLDER) / "table.tmp"
+    tables = datasets.DatasetDict(train=gather_samples(training), test=gather_samples(test))
+    tables.save_to_disk(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+# ---- Seeing: every image goes through the vision tower once --------------------------------------
+
+
+def open_image(file: str | IO[bytes], height: int, width: int) -> Image.Image:
+    """Open an image as people see it, in RGB, resized to what the model sees.
+
+    Turned as its camera noted, transparent parts white, the first frame of an animation. Raises
+    OSError or ValueError if it can't be shown like that.
+    """
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
+        if image.mode[0] in "IF":  # in RGB all above 255 would become white
+            raise ValueError("it has more than 8 bits per colour: save it with 8")
+        # a JPEG can be decoded at half, a quarter or an eighth, which is much faster
+        image.draft(None, (max(height, width), max(height, width)))
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+class KeptFeatures:
+    """The vision tower's output, a file in CACHE_FOLDER for each image.
+
+    The tower is frozen, so its output for an image is a constant. A file holds it as raw numbers
+    (image tokens, width). Its name is a hash of all it depends on: another model, size or image
+    never meets old features. It is whole or absent, whenever the script is killed.
+    """
+
+    def __init__(self, base: Base) -> None:
+        """Find out what the features of all images depend on."""
+        self.side = base.side
+        self.dtype = base.dtype
+        self.hidden = base.config.text_config.hidden_size
+        # Qwen3-VL adds the output of some earlier layers, side by side in a row
+        extra_layers = len(getattr(base.config.vision_config, "deepstack_visual_indexes", []))
+        self.width = self.hidden * (1 + extra_layers)
+        versions = (torch.__version__, transformers.__version__, Image.__version__)
+        rule = hashlib.sha256(f"{versions} {base.dtype} {inspect.getsource(open_image)}".encode())
+        for path in sorted(Path(MODEL_FOLDER).glob("*.safetensors")):
+            status = path.stat()
+            rule.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        for name in ("config.json", "preprocessor_config.json"):
+            rule.update((Path(MODEL_FOLDER) / name).read_bytes())
+        self.rule = rule.hexdigest()
+
+    def path(self, image: ImageFile) -> Path:
+        """Return the file of an image, whether it exists or not."""
+        key = f"{self.rule} {image.digest} {image.height} {image.width}"
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return Path(CACHE_FOLDER) / name[:2] / name[2:]
+
+    def tokens(self, image: ImageFile) -> int:
+        """Return how many tokens an image becomes."""
+        return image.height * image.width // self.side**2
+
+    def size(self, image: ImageFile) -> int:
+        """Return the bytes of an image's file."""
+        return self.tokens(image) * self.width * self.dtype.itemsize
+
+    def holds(self, image: ImageFile) -> bool:
+        """Tell whether the features of an image are there."""
+        path = self.path(image)
+        return path.is_file() and path.stat().st_size == self.size(image)
+
+    def write(self, image: ImageFile, rows: torch.Tensor) -> None:
+        """Keep the features (image tokens, width) of an image."""
+        path = self.path(image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # another run may write the same file at the same time
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_bytes(
+                rows.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+            )
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def read(self, images: list[ImageFile]) -> torch.Tensor:
+        """Return the features (image tokens, width) of images, one after the other."""
+        counts = [self.tokens(image) for image in images]
+        features = torch.empty(sum(counts), self.width, dtype=self.dtype)
+        for image, rows in zip(images, features.split(counts), strict=True):
+            # a plain read: a file that is cut short while it is mapped would kill the process
+            with open(self.path(image), "rb", buffering=0) as file:
+                if file.readinto(rows.view(torch.uint8).numpy()) != rows.nbytes:
+                    raise OSError(f"{file.name} was cut short: delete it and run again")
+        return features
+
+
+class EncoderOutput(NamedTuple):
+    """What the language model takes as the vision tower's output, in place of pixels."""
+
+    pooler_output: list[torch.Tensor]  # (image tokens, hidden)
+    deepstack_features: list[list[torch.Tensor]]  # for each extra layer (image tokens, hidden)
+
+
+def split_features(output: Any) -> list[torch.Tensor]:  # noqa: ANN401, a class per model family
+    """Return the tower's output for each image as (image tokens, width)."""
+    layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    return [torch.cat(parts, dim=-1) for parts in zip(*layers, strict=True)]
+
+
+def join_features(features: torch.Tensor, hidden: int) -> dict[str, EncoderOutput]:
+    """Return features (image tokens, width) as the model's argument mm_encoder_outputs."""
+    last, *extra = features.split(hidden, dim=-1)
+    return {"image": EncoderOutput([last], [[layer] for layer in extra])}
+
+
+class LinearPatchEmbedding(torch.nn.Module):
+    """The tower's first layer, a convolution without overlap, as a matrix product.
+
+    cuDNN has slow kernels for it: up to seconds per call on an H100.
+    """
+
+    def __init__(self, convolution: torch.nn.Conv3d) -> None:
+        """Take over the weights of the convolution."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(convolution.weight.flatten(1))  # (hidden, patch)
+        self.bias = convolution.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Turn (patches, numbers of a patch) into (patches, hidden)."""
+        return torch.nn.functional.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+
+
+def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Load what base.config describes from a folder; stop with the cause if that fails."""
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=base.config,
+            dtype=base.dtype,
+            device_map=base.device,
+            use_safetensors=True,  # a pickle could run any code
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SystemExit(
+            f"{folder} doesn't load: {error}. Run load_model.py again, it repairs the files."
+        ) from None
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise SystemExit(
+            f"The GPU can't take the model: {str(error).splitlines()[0]} Close other programs "
+            "that use it (nvidia-smi lists them), or set LOAD_IN_4BIT = True."
+        ) from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted(report["missing_keys"])[:3]
+        raise SystemExit(f"{folder} lacks weights ({missing}). Run load_model.py again.")
+    return model
+
+
+def load_tower(base: Base) -> torch.nn.Module:
+    """Load the vision tower: the model without its language layers."""
+    config = copy.deepcopy(base.config)
+    config.text_config.num_hidden_layers = 0
+    config.text_config.layer_types = []
+    model = load_weights(base._replace(config=config, device=torch.device("cpu")), MODEL_FOLDER)
+    tower = model.model
+    del tower.language_model
+    tower.visual.patch_embed = LinearPatchEmbedding(tower.visual.patch_embed.proj)
+    return tower.to(base.device).eval()
+
+
+def prepare_pixels(image: ImageFile, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an image's pixel_values (patches, numbers of a patch) and image_grid_thw (1, 3).
+
+    Raises ValueError with the reason if it can't be opened.
+    """
+    try:
+        content = Path(image.path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != image.digest:
+            raise ValueError("the file has changed since it was inspected")
+        pixels = open_image(io.BytesIO(content), image.height, image.width)
+    except Exception as error:  # Pillow raises a dozen kinds of errors on damaged files
+        raise ValueError(f"{image.path} can't be opened: {error}") from None
+    inputs = base.processor.image_processor([pixels], do_resize=False, return_tensors="pt")
+    return inputs["pixel_values"], inputs["image_grid_thw"]
+
+
+def open_ahead(images: list[ImageFile], base: Base) -> Iterator[tuple[ImageFile, Future]]:
+    """Yield images with their pixels, which threads open while the tower is busy."""
+    with ThreadPoolExecutor(IMAGE_THREADS) as pool:
+        waiting = deque()
+        for image in images:
+            waiting.append((image, pool.submit(prepare_pixels, image, base)))
+            # a bounded number: all of COCO at once would fill the memory
+            if len(waiting) > 2 * TOWER_BATCH + IMAGE_THREADS:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) -> dict[str, str]:
+    """Run the vision tower over every image that it has not seen yet, each once.
+
+    Several processes share the images. Returns the reason for each that can't be opened, by
+    digest, the same in all processes.
+    """
+    state = PartialState()
+    distinct = {(image.digest, image.height, image.width): image for image in images}
+    unseen = [image for image in distinct.values() if not features.holds(image)]
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if not unseen:
+        return {}
+    check_cache_disk(unseen, features)
+    ours = unseen[state.process_index :: state.num_processes]
+    tower = load_tower(base)
+    problems = {}
+    with tqdm(desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN) as bar:
+        opened = open_ahead(ours, base)
+        while batch := list(itertools.islice(opened, TOWER_BATCH)):
+            see_batch(batch, tower, features, problems)
+            bar.update(len(batch))
+    for others in gather_object([problems]):
+        problems.update(others)
+    return problems
+
+
+@torch.inference_mode()
+def see_batch(
+    batch: list[tuple[ImageFile, Future]],
+    tower: torch.nn.Module,
+    features: KeptFeatures,
+    problems: dict[str, str],
+) -> None:
+    """Run the tower over opened images and keep its output; note those that failed to open."""
+    images, pixels, grids = [], [], []
+    for image, future in batch:
+        try:
+            values, grid = future.result()
+        except ValueError as reason:
+            problems[image.digest] = str(reason)
+            continue
+        images.append(image)
+        pixels.append(values)
+        grids.append(grid)
+    if not images:
+        return
+    device = next(tower.parameters()).device
+    grid = torch.cat(grids)  # (images, 3): frames, rows and columns of patches
+    output = tower.get_image_features(
+        torch.cat(pixels).to(device),  # (patches of all images, numbers of a patch)
+        grid.to(device),
+        # where each image ends; on the CPU, or every layer would wait for the GPU to tell
+        image_cu_seqlens=torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0)).int(),
+    )
+    try:
+        for image, rows in zip(images, split_features(output), strict=True):
+            features.write(image, rows)
+    except OSError as error:
+        raise SystemExit(
+            f"{CACHE_FOLDER} can't be written ({error.strerror}). What is there is kept. Free some "
+            "space, or set CACHE_FOLDER to another disk, and run again to resume."
+        ) from None
+
+
+def check_cache_disk(images: list[ImageFile], features: KeptFeatures) -> None:
+    """Say how much will be kept in CACHE_FOLDER; stop if the disk has no room for it."""
+    check_writable(CACHE_FOLDER)
+    needed = sum(features.size(image) for image in images)
+    free = shutil.disk_usage(CACHE_FOLDER).free
+    print(
+        f"The vision tower has to see {len(images):,} images. Its output takes "
+        f"{needed / 1e9:.2f} GB in {CACHE_FOLDER}, where {free / 1e9:.0f} GB are free."
+    )
+    if needed > free:
+        raise SystemExit(
+            f"Not enough disk space for {CACHE_FOLDER}. Free some, or set CACHE_FOLDER to a "
+            "folder on another disk."
+        )
+
+
+# ---- Batches: samples -> tensors -----------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """The tokens of a sample, T in all, as tensors."""
+
+    tokens: torch.Tensor  # (T,)
+    labels: torch.Tensor  # (T,), IGNORE where nothing is learned
+    owners: torch.Tensor  # (T,), PROMPT or the number of the caption
+    positions: torch.Tensor  # (T, 3): frame, row and column of a token, equal for text
+
+
+class Collator:
+    r"""Turn samples into the model's input, for training and for captioning.
+
+    All captions of an image share one row, so that image and prompt are computed once:
+
+        prompt without its last "\n" | "\n" caption 1 <|im_end|> | "\n" caption 2 <|im_end|> | ...
+
+    A caption attends to the prompt and to itself, never to another caption, and its positions
+    continue where the prompt ends. Loss and gradients are therefore those of separate rows. The
+    line break that ends the prompt is repeated before each caption, to predict its first token.
+    """
+
+    def __init__(self, base: Base, features: KeptFeatures, model: torch.nn.Module) -> None:
+        """Take the model's own rule for positions, which differs by model family."""
+        self.base = base
+        self.features = features
+        self.padding = base.processor.tokenizer.pad_token_id
+        self.batch_size = 4 if BATCH_SIZE == "auto" else BATCH_SIZE
+        whole = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        self.find_positions = whole.model.get_rope_index
+        # nearly all prompts are alike
+        self.prompt_positions = functools.lru_cache(maxsize=4096)(self.locate_prompt)
+
+    def locate_prompt(self, prompt: tuple[int, ...], *images: ImageFile) -> torch.Tensor:
+        """Return the positions (P, 3) of a prompt of P tokens with these images."""
+        tokens = torch.tensor([prompt])  # (1, P)
+        positions, _ = self.find_positions(
+            input_ids=tokens,
+            mm_token_type_ids=(tokens == self.base.processor.image_token_id).int(),
+            image_grid_thw=self.grids(images),
+        )
+        return positions[:, 0].T
+
+    def grids(self, images: Iterable[ImageFile]) -> torch.Tensor:
+        """Return image_grid_thw (images, 3): frames, rows and columns of patches."""
+        patch = self.base.patch
+        return torch.tensor([[1, each.height // patch, each.width // patch] for each in images])
+
+    def lay_out(self, sample: dict, with_answers: bool) -> Layout:
+        """Lay out a sample: the prompt and, for training, all its captions."""
+        prompt = sample["prompt"]
+        # without what differs from image to image
+        shapes = [each._replace(path="", digest="") for each in images_of(sample)]
+        positions = self.prompt_positions(tuple(prompt), *shapes)
+        if not with_answers:
+            nothing = torch.full((len(prompt),), IGNORE)
+            return Layout(to_tensor(prompt), nothing, torch.zeros_like(nothing), positions)
+        tokens = prompt[:-1]
+        labels = [IGNORE] * len(tokens)
+        owners = [PROMPT] * len(tokens)
+        places = []
+        for number, answer in enumerate(sample["answers"], start=1):
+            tokens = [*tokens, prompt[-1], *answer]
+            labels = [*labels, IGNORE, *answer]
+            owners += [number] * (1 + len(answer))
+            places += range(1 + len(answer))
+        # each caption continues where the prompt ends, whatever stands between
+        captions = positions[-1] + to_tensor(places)[:, None]  # (tokens of all captions, 3)
+        return Layout(
+            to_tensor(tokens),
+            to_tensor(labels),
+            to_tensor(owners),
+            torch.cat([positions[:-1], captions]),
+        )
+
+    def make_batch(self, samples: list[dict], with_answers: bool) -> dict:
+        """Turn B samples into tensors of T tokens, padded on the left; T is a multiple of 8."""
+        rows = [self.lay_out(sample, with_answers) for sample in samples]
+        tokens, labels, owners, positions = zip(*rows, strict=True)
+        tokens = pad_left(tokens, self.padding)
+        images = list(itertools.chain.from_iterable(map(images_of, samples)))
+        features = self.features.read(images)
+        # the model checks this too, but would make the GPU wait for it
+        if (tokens == self.base.processor.image_token_id).sum() != len(features):
+            raise ValueError("image tokens and kept features do not match")
+        return {
+            "input_ids": tokens,  # (B, T)
+            "labels": pad_left(labels, IGNORE),  # (B, T)
+            "owners": pad_left(owners, PADDING),  # (B, T)
+            "position_ids": pad_left(positions, 0).permute(2, 0, 1),  # (3, B, T)
+            "features": features,  # (image tokens of all rows, width)
+            "names": [image.path for image in images],
+        }
+
+    def make_pass(self, samples: list[dict]) -> dict:
+        """Return a training batch; only logits that predict a label will be computed.
+
+        logits_to_keep (B, T) is True at these N tokens, shift_labels (N,) is what they predict.
+        """
+        batch = self.make_batch(samples, with_answers=True)
+        # the logits at a token predict the next one
+        next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        batch["logits_to_keep"] = next_labels != IGNORE
+        batch["shift_labels"] = next_labels[batch["logits_to_keep"]]
+        return batch
+
+    def __call__(self, samples: list[dict]) -> dict:
+        """Return an optimizer step's batch: passes of at most batch_size samples.
+
+        The Trainer counts shift_labels, so that the loss is a mean over all tokens of the step.
+        """
+        starts = range(0, len(samples), self.batch_size)
+        passes = [self.make_pass(samples[each : each + self.batch_size]) for each in starts]
+        labels = torch.cat([each["shift_labels"] for each in passes])
+        return {"labels": labels, "shift_labels": labels, "passes": passes}
+
+
+def to_tensor(numbers: list[int]) -> torch.Tensor:
+    """Turn a list into a tensor, several times as fast as torch.tensor does."""
+    return torch.from_numpy(numpy.array(numbers))
+
+
+def pad_left(rows: tuple[torch.Tensor, ...], value: int) -> torch.Tensor:
+    """Stack rows (T, ...) of different T, filled up on the left to a multiple of 8: (B, T, ...).
+
+    Attention needs such a length, and would copy what has another.
+    """
+    longest = max(rows, key=len)
+    whole = longest.new_full((math.ceil(len(longest) / 8) * 8, *longest.shape[1:]), value)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [*rows, whole], batch_first=True, padding_value=value, padding_side="left"
+    )
+    return padded[:-1]
+
+
+def model_inputs(batch: dict, hidden: int) -> dict:
+    """Return what the model takes, from a batch that is where the model is.
+
+    attention_mask (B, 1, T, T) is True where a token (row) sees another (column).
+    """
+    owners = batch["owners"]  # (B, T)
+    query, key = owners[:, :, None], owners[:, None, :]
+    # padding sees padding: attention over a row without any True would be NaN
+    mask = ((query == key) | (key == PROMPT)).tril()  # (B, T, T)
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": batch["labels"],
+        "attention_mask": mask[:, None],
+        "position_ids": batch["position_ids"],
+        "logits_to_keep": batch["logits_to_keep"],
+        "shift_labels": batch["shift_labels"],
+        "mm_encoder_outputs": join_features(batch["features"], hidden),
+        "use_cache": False,
+    }
+
+
+# ---- Model: the language model with an adapter ---------------------------------------------------
+
+
+def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
+    """Load the language model with a LoRA adapter: a new one to train, or one from a folder.
+
+    The vision tower stays on the disk: the model reads what it saw.
+    """
+    config = copy.deepcopy(base.config)
+    config.vision_config.depth = 0
+    # FSDP moves each GPU's share of the weights there by itself
+    device = torch.device("cpu") if USES_FSDP and not adapter else base.device
+    options = {"quantization_config": four_bits(base.dtype)} if LOAD_IN_4BIT else {}
+    model = load_weights(base._replace(config=config, device=device), MODEL_FOLDER, **options)
+    del model.model.visual
+    forget_missing_classes(model)
+    model.config.text_config.use_cache = False  # in training; generate() sets its own
+    if adapter:
+        return peft.PeftModel.from_pretrained(model, adapter)
+    check_lora_targets(model)
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=LORA_TARGETS,
+        # for whoever puts the adapter on a whole model: some towers have layers of these names
+        exclude_modules=r".*visual.*",
+    )
+    model = peft.get_peft_model(model, lora)
+    for module in model.modules():
+        # LoRA would copy its input to float32, and autocast would copy it back: 0.7 GB at batch 4
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """Return how LOAD_IN_4BIT stores the weights of the language layers (QLoRA)."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+
+
+def forget_missing_classes(model: torch.nn.Module) -> None:
+    """Take classes that have no module out of the lists in which FSDP looks them up."""
+    present = {type(module).__name__ for module in model.modules()}
+    for module in model.modules():
+        names = getattr(module, "_no_split_modules", None)
+        if names:
+            module._no_split_modules = [name for name in names if name in present]
+
+
+def check_lora_targets(model: torch.nn.Module) -> None:
+    """Stop if LORA_TARGETS names a layer that the language model does not have."""
+    layers = set()
+    for name, module in model.model.language_model.named_modules():
+        if hasattr(module, "in_features"):
+            layers.add(name.rpartition(".")[2])
+    unknown = sorted(set(LORA_TARGETS) - layers)
+    if unknown:
+        raise SystemExit(
+            f"LORA_TARGETS names {unknown[0]}, but the language model's layers are called "
+            f"{', '.join(sorted(layers))}."
+        )
+
+
+def overflows(model: torch.nn.Module, collator: Collator, sample: dict) -> bool:
+    """Tell whether float16 can't hold the model's numbers: loss or gradients are not finite."""
+    batch = send_to_device(collator.make_pass([sample]), collator.base.device)
+    with collator.base.autocast():
+        loss = model.train()(**model_inputs(batch, collator.features.hidden)).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return not all(tensor.isfinite().all() for tensor in [loss, *gradients])
+
+
+# ---- Judging: captions of held-out images, and their scores --------------------------------------
+
+COLUMNS = {
+    "base": "base",
+    "base_short": "base, asked for one short sentence",
+    "fine_tuned": "fine-tuned",
+}
+SCORE_NAMES = {
+    "CIDEr": "rewards words that distinguish an image from the others",
+    "BLEU-4": "rewards matching sequences of four words",
+    "ROUGE-L": "rewards the longest common sequence of words",
+    "exact match": "share of captions that are letter for letter a reference",
+    "repeated": "share of captions that another image got as well (lower is better)",
+    "words per caption": "as a comparison: {reference_words:.1f} in the references",
+    "ended by itself": "share of captions that were not cut at MAX_NEW_TOKENS",
+}
+# Scripts without blanks between words: each character counts as a word. \p{M} are accents and
+# vowels that are written as marks.
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
+WORD = regex.compile(rf"(?V1){UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)+")
+WORD_OR_SIGN = regex.compile(rf"{WORD.pattern}|[^\s\p{{L}}\p{{N}}\p{{M}}]")
+
+
+class Caption(NamedTuple):
+    """What the model said, and whether it ended by itself."""
+
+    text: str
+    ended: bool
+
+
+class Question(NamedTuple):
+    """A prompt about images that are held out, with everything that people answered."""
+
+    sample: dict
+    references: list[str]
+
+
+def held_out_questions(table: datasets.Dataset) -> list[Question]:
+    """Return the questions of a table; one with many captions takes several of its rows."""
+    questions = {}
+    for sample in table:
+        key = json.dumps([sample["images"], sample["prompt"]])
+        question = questions.setdefault(key, Question(sample, []))
+        question.references.extend(sample["references"])
+    return list(questions.values())
+
+
+def ask_instead(sample: dict, text: str, base: Base) -> dict:
+    """Return a sample that asks another question about the same images."""
+    images = images_of(sample)
+    marked = text if IMAGE_MARKER.search(text) else text + "<|vision_start|><|vision_end|>"
+    [prompt] = encode_prompts(base.processor, (show_images(marked, images, base),))
+    return {**sample, "question": text, "prompt": prompt}
+
+
+def generate_captions(
+    model: torch.nn.Module, collator: Collator, samples: list[dict], title: str
+) -> list[Caption]:
+    """Let the model answer samples, greedily; several processes share them and all get all."""
+    ours = share_out(len(samples))
+    model.eval()
+    captions = []
+    # the bar of the training stays where it is
+    options = {"unit": " images", "position": 0, "leave": False, "disable": not IS_MAIN}
+    with tqdm(desc=title, total=len(ours), **options) as bar:
+        for start in range(0, len(ours), collator.batch_size):
+            numbers = ours[start : start + collator.batch_size]
+            batch = [samples[number % len(samples)] for number in numbers]
+            captions += generate_batch(model, collator, batch)
+            bar.update(len(batch))
+    shares = gather_object([captions])
+    in_order = itertools.chain.from_iterable(zip(*shares, strict=True))
+    return list(in_order)[: len(samples)]
+
+
+def share_out(count: int) -> range:
+    """Return the numbers that are this process's, as many in each process.
+
+    Under FSDP each needs the others for every pass. Numbers from count on only fill up.
+    """
+    state = PartialState()
+    whole = math.ceil(count / state.num_processes) * state.num_processes
+    return range(state.process_index, whole, state.num_processes)
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: torch.nn.Module, collator: Collator, samples: list[dict]
+) -> list[Caption]:
+    """Let the model answer a batch of samples."""
+    base = collator.base
+    tokenizer = base.processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    batch = collator.make_batch(samples, with_answers=False)
+    images = itertools.chain.from_iterable(map(images_of, samples))
+    batch["grids"] = collator.grids(images)
+    batch = send_to_device(batch, base.device)
+    with base.autocast():
+        tokens = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=(batch["owners"] != PADDING).long(),  # (B, T)
+            mm_token_type_ids=(batch["input_ids"] == base.processor.image_token_id).int(),
+            image_grid_thw=batch["grids"],
+            mm_encoder_outputs=join_features(batch["features"], collator.features.hidden),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=collator.padding,
+        )  # (B, T + new tokens)
+    answers = tokens[:, batch["input_ids"].shape[1] :].tolist()
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [Caption(text.strip(), end in ids) for text, ids in zip(texts, answers, strict=True)]
+
+
+def find_words(text: str, prose: bool) -> list[str]:
+    """Split a text into words as COCO's scores do: lower case, without punctuation.
+
+    Without prose, as in formulas, signs count too.
+    """
+    pattern = WORD if prose else WORD_OR_SIGN
+    return pattern.findall(unicodedata.normalize("NFC", text.lower()))
+
+
+def are_prose(texts: list[str]) -> bool:
+    """Tell whether texts are sentences, rather than labels or formulas."""
+    sentences = [text for text in texts if len(find_words(text, prose=True)) > 2]
+    return len(sentences) > len(texts) / 2
+
+
+class Scores:
+    """How captions agree with what people wrote: COCO's own CIDEr, BLEU-4 and ROUGE-L, and more.
+
+    Every reference of an image counts. A score that can't mean anything with these references is
+    left out, and notes says why.
+    """
+
+    def __init__(self, references: list[list[str]]) -> None:
+        """Take the references of each image."""
+        self.references = references
+        self.prose = are_prose(list(itertools.chain.from_iterable(references)))
+        self.words = [list(map(self.tokenize, texts)) for texts in references]
+        counts = [len(text.split()) for text in itertools.chain.from_iterable(self.words)]
+        self.reference_words = sum(counts) / len(counts)
+        self.notes = {}
+        # never an exception, and never a silent 0
+        if max(counts) == 0:
+            for name in ("CIDEr", "BLEU-4", "ROUGE-L"):
+                self.notes[name] = "the references have no words"
+        if len({tuple(sorted(texts)) for texts in self.words}) < 2:
+            self.notes["CIDEr"] = "it needs images whose references differ"
+        if self.reference_words < 4:
+            self.notes["BLEU-4"] = "most references are shorter than four words"
+
+    @property
+    def headline(self) -> str:
+        """Return the score that decides which evaluation was the best."""
+        labels = self.reference_words <= 3
+        return "exact match" if labels or "CIDEr" in self.notes else "CIDEr"
+
+    def tokenize(self, text: str) -> str:
+        """Return the words of a text, separated by blanks."""
+        return " ".join(find_words(text, self.prose))
+
+    def score(self, captions: list[Caption]) -> tuple[dict[str, float], list[float]]:
+        """Return the scores of the captions together, and the CIDEr of each."""
+        said = {number: [self.tokenize(each.text)] for number, each in enumerate(captions)}
+        people = dict(enumerate(self.words))
+        scores, ciders = {}, [0.0] * len(captions)
+        if "CIDEr" not in self.notes:
+            scores["CIDEr"], each = Cider().compute_score(people, said)
+            ciders = each.tolist()
+        if "BLEU-4" not in self.notes:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its lengths
+                scores["BLEU-4"] = Bleu(4).compute_score(people, said)[0][3]
+        if "ROUGE-L" not in self.notes:
+            scores["ROUGE-L"] = Rouge().compute_score(people, said)[0]
+        shares = Counter()
+        times = Counter(caption.text for caption in captions)
+        for caption, texts in zip(captions, self.references, strict=True):
+            shares["exact match"] += caption.text in texts
+            shares["repeated"] += times[caption.text] > 1
+            shares["words per caption"] += len(find_words(caption.text, prose=True))
+            shares["ended by itself"] += caption.ended
+        for name, count in shares.items():
+            scores[name] = count / len(captions)
+        return {name: float(value) for name, value in scores.items()}, ciders
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by resampling the images it is taken over.
+
+    The values of single images are resampled, not the images with document frequencies of their
+    own, which would move with every draw.
+    """
+    # 2,000 draws move its ends by about a hundredth of its width
+    draws = numpy.random.default_rng(SEED).choice(values, (2000, len(values)))
+    low, high = numpy.percentile(draws.mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Judge:
+    """Compare the base model with the fine-tuned one on the held-out questions."""
+
+    def __init__(self, table: datasets.Dataset, collator: Collator) -> None:
+        """Take the questions from the table of held-out samples."""
+        self.collator = collator
+        samples, references = zip(*held_out_questions(table), strict=True)
+        self.samples = list(samples)
+        self.scores = Scores(list(references))
+        self.others = []  # a few of the images, with questions that were not trained on
+        for text in OTHER_QUESTIONS:
+            for sample in self.samples[:3]:
+                self.others.append(ask_instead(sample, text, collator.base))
+
+    def caption(self, model: torch.nn.Module, samples: list[dict], title: str) -> list[Caption]:
+        """Let the model answer samples, if there are any."""
+        return generate_captions(model, self.collator, samples, title) if samples else []
+
+    def caption_base(self, model: peft.PeftModel) -> dict[str, list[Caption]]:
+        """Caption with the untouched base model, once for all evaluations and resumes."""
+        path = Path(OUTPUT_FOLDER) / "base.json"
+        asked = {"base": self.samples, "others": self.others}
+        if STYLE_PROMPT:
+            ask_short = functools.partial(ask_instead, text=STYLE_PROMPT, base=self.collator.base)
+            asked["base_short"] = list(map(ask_short, self.samples))
+        key = hashlib.sha256(json.dumps([asked, MAX_NEW_TOKENS]).encode()).hexdigest()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.pop("key") == key:
+                captions = {}
+                for name, said in kept.items():
+                    captions[name] = list(itertools.starmap(Caption, said))
+                return captions
+        PartialState().wait_for_everyone()  # all have looked before the first one writes
+        captions = {}
+        with model.disable_adapter():
+            for name, samples in asked.items():
+                captions[name] = self.caption(model, samples, f"Captions of the base ({name})")
+        if IS_MAIN:
+            with write_atomically(path) as file:
+                json.dump({"key": key, **captions}, file, ensure_ascii=False)
+        return captions
+
+    def judge(self, model: peft.PeftModel, trained: bool) -> dict:
+        """Return scores and captions; an adapter that was not trained yet changes nothing."""
+        captions = self.caption_base(model)
+        base_others = others = captions.pop("others")
+        # the adapter's second matrix is zero at first
+        captions["fine_tuned"] = captions["base"]
+        if trained:
+            captions["fine_tuned"] = self.caption(model, self.samples, "Captions")
+            others = self.caption(model, self.others, "Other questions")
+        results = self.compare(captions)
+        for sample, before, now in zip(self.others, base_others, others, strict=True):
+            row = {"images": sample["images"], "question": sample["question"]}
+            results["others"].append({**row, "base": before.text, "fine_tuned": now.text})
+        return results
+
+    def compare(self, captions: dict[str, list[Caption]]) -> dict:
+        """Return scores, their intervals, and a row for each question with all captions."""
+        results = {
+            "headline": self.scores.headline,
+            "notes": self.scores.notes,
+            "reference_words": self.scores.reference_words,
+            "scores": {},
+            "intervals": {},
+            "captions": [],
+            "others": [],
+        }
+        ciders = {}
+        for column, said in captions.items():
+            results["scores"][column], ciders[column] = self.scores.score(said)
+            results["intervals"][column] = interval(ciders[column])
+        gains = numpy.subtract(ciders["fine_tuned"], ciders["base"]).tolist()
+        results["gain"] = [sum(gains) / len(gains), *interval(gains)]
+        for number, sample in enumerate(self.samples):
+            row = {"images": sample["images"], "question": sample["question"]}
+            row["references"] = self.scores.references[number]
+            for column, said in captions.items():
+                row[column] = {**said[number]._asdict(), "CIDEr": ciders[column][number]}
+            results["captions"].append(row)
+        return results
+
+
+# ---- Report: what people look at -----------------------------------------------------------------
+
+REPORT = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+  body { font-family: sans-serif; margin: 2em auto; max-width: 1400px; color: #222 }
+  table { border-collapse: collapse; margin: 1em 0 }
+  td, th { padding: 6px 12px; text-align: left; vertical-align: top }
+  tr { border-bottom: 1px solid #ddd }
+  td.number { text-align: right; font-variant-numeric: tabular-nums }
+  img { width: 200px; border-radius: 4px }
+  svg { width: 100%; height: auto }
+  b { background: #c8f0c8; font-weight: normal }
+  .quiet { color: #777 }
+</style>
+</head>
+<body>
+
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+
+<table>
+  <tr>
+    <th></th>
+    {% for column in results.scores %}<th>{{ columns[column] }}</th>{% endfor %}
+    <th></th>
+  </tr>
+  {% for name, meaning in score_names.items() %}
+  <tr>
+    <th>{{ name }}</th>
+    {% for column, scores in results.scores.items() %}
+    <td class="number">
+      {% if name in scores %}{{ "%.3f" | format(scores[name]) }}{% else %}-{% endif %}
+      {% if name == "CIDEr" and name in scores %}
+      <span class="quiet">({{ "%.2f to %.2f" | format(*results.intervals[column]) }})</span>
+      {% endif %}
+    </td>
+    {% endfor %}
+    <td class="quiet">
+      {% if name in results.notes %}means nothing here: {{ results.notes[name] }}
+      {% else %}{{ meaning.format(**results) }}{% endif %}
+    </td>
+  </tr>
+  {% endfor %}
+</table>
+<p class="quiet">Higher is better where not said otherwise. In brackets the 95 % interval: another
+{{ results.captions | length }} images would probably give a value within it. CIDEr can only be
+compared between equally many images.</p>
+
+{{ curves }}
+
+{% for heading, rows in galleries.items() %}
+<h2>{{ heading }}</h2>
+<table>
+  <tr>
+    <th>image</th>
+    {% if with_questions %}<th>question</th>{% endif %}
+    <th>references</th>
+    {% for column in results.scores %}<th>{{ columns[column] }}</th>{% endfor %}
+    <th>CIDEr</th>
+  </tr>
+  {% for row in rows %}
+  <tr>
+    <td>{% for image in row.images %}{{ image | thumbnail }}{% endfor %}</td>
+    {% if with_questions %}<td>{{ row.question | plain }}</td>{% endif %}
+    <td>{% for reference in row.references %}{{ reference }}<br>{% endfor %}</td>
+    {% for column in results.scores %}
+    <td>{{ row[column].text | mark_words_of(row.references) }}</td>
+    {% endfor %}
+    <td class="number">{{ "%.3f" | format(row.fine_tuned.CIDEr) }}</td>
+  </tr>
+  {% endfor %}
+</table>
+{% endfor %}
+
+{% if results.others %}
+<h2>Questions that were not trained on</h2>
+<p class="quiet">A model that answers these like a caption has forgotten how to answer.</p>
+<table>
+  <tr><th>image</th><th>question</th><th>base</th><th>fine-tuned</th></tr>
+  {% for row in results.others %}
+  <tr>
+    <td>{% for image in row.images %}{{ image | thumbnail }}{% endfor %}</td>
+    <td>{{ row.question }}</td><td>{{ row.base }}</td><td>{{ row.fine_tuned }}</td>
+  </tr>
+  {% endfor %}
+</table>
+{% endif %}
+
+<h2>Settings</h2>
+<table>
+  {% for name, value in settings.items() %}
+  <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+  {% endfor %}
+</table>
+</body>
+</html>
+"""
+
+
+def mark_words_of(caption: str, references: list[str]) -> Markup:
+    """Return a caption as HTML; words that people used as well are highlighted."""
+    used = set()
+    for text in references:
+        used.update(find_words(text, prose=True))
+    marked, end = Markup(""), 0
+    for match in WORD.finditer(caption):
+        marked += caption[end : match.start()]
+        shared = match[0].lower() in used
+        marked += Markup("<b>{}</b>").format(match[0]) if shared else match[0]
+        end = match.end()
+    return marked + caption[end:]
+
+
+def make_thumbnail(image: dict) -> Markup:
+    """Return an image as HTML that holds the image itself, as the model saw it."""
+    try:
+        shown = open_image(image["path"], image["height"], image["width"])
+    except (OSError, ValueError) as error:  # moved or deleted since the model saw it
+        return Markup("<p>{} ({})</p>").format(image["path"], error)
+    jpeg = io.BytesIO()
+    ImageOps.contain(shown, (280, 280)).save(jpeg, format="JPEG")  # 500 of them make 11 MB
+    content = base64.b64encode(jpeg.getvalue()).decode()
+    return Markup('<img alt="" src="data:image/jpeg;base64,{}">').format(content)
+
+
+def draw_curves(results: dict, state: State) -> Markup:
+    """Draw the course of the training, and how long the captions are, as SVG."""
+    history = pandas.DataFrame(state.log_history).groupby("step").first()
+    panels = {
+        "loss": ["loss", "eval_loss"],
+        "CIDEr": ["eval_CIDEr"],
+        "BLEU-4 and ROUGE-L": ["eval_BLEU-4", "eval_ROUGE-L"],
+        "learning rate": ["learning_rate"],
+        "gradient norm": ["grad_norm"],
+    }
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            if name in history:
+                points = history[name].dropna()
+                axis.plot(points.index, points, marker=".", label=name)
+        axis.set(title=title, xlabel="step")
+        axis.legend(handles=axis.lines)
+    lengths = defaultdict(list)
+    for row in results["captions"]:
+        for text in row["references"]:
+            lengths["references"].append(len(find_words(text, prose=True)))
+        for column in results["scores"]:
+            lengths[COLUMNS[column]].append(len(find_words(row[column]["text"], prose=True)))
+    longest = max(map(max, lengths.values()))
+    for name, values in lengths.items():
+        shares = numpy.bincount(values, minlength=longest + 1) / len(values)
+        axes[1, 2].plot(shares, label=name)
+    axes[1, 2].set(title="caption length", xlabel="words per caption", ylabel="share")
+    axes[1, 2].legend()
+    svg = io.StringIO()
+    figure.tight_layout()
+    figure.savefig(svg, format="svg")
+    pyplot.close(figure)
+    return Markup("<svg" + svg.getvalue().partition("<svg")[2])
+
+
+def write_report(results: dict, state: State, run: dict) -> Path:
+    """Write report.html: scores, curves, images with their captions, and all settings."""
+    rows = results["captions"]
+    ranked = sorted(rows, key=lambda row: row["fine_tuned"]["CIDEr"])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mark_words_of"] = mark_words_of
+    environment.filters["plain"] = lambda question: IMAGE_MARKER.sub(" ", question).strip()
+    environment.filters["thumbnail"] = make_thumbnail
+    page = environment.from_string(REPORT).render(
+        title=describe_results(results),
+        summary=f"{len(rows)} held-out images, step {state.global_step} of {state.max_steps}",
+        columns=COLUMNS,
+        score_names=SCORE_NAMES,
+        results=results,
+        curves=draw_curves(results, state),
+        galleries={"Best five": ranked[:-6:-1], "Worst five": ranked[:5], "All": rows},
+        with_questions=len({row["question"] for row in rows}) > 1,
+        settings={**run["versions"], **run["constants"]},
+    )
+    path = Path(OUTPUT_FOLDER).absolute() / "report.html"
+    with write_atomically(path) as file:
+        file.write(page)
+    return path
+
+
+def describe_results(results: dict) -> str:
+    """Return the headline of an evaluation in one line."""
+    name = results["headline"]
+    before = results["scores"]["base"][name]
+    now = results["scores"]["fine_tuned"][name]
+    text = f"{name} {before:.3f} before, {now:.3f} now"
+    if name != "CIDEr":
+        return text
+    return text + " (gain {:+.3f}, 95 % interval {:+.3f} to {:+.3f})".format(*results["gain"])
+
+
+def print_results(results: dict, report: Path | None) -> None:
+    """Print scores and some captions to the terminal."""
+    lines = [""]
+    for row in results["captions"][:SAMPLES_SHOWN]:
+        for column in results["scores"]:
+            lines.append(f"{column + ':':12}{row[column]['text']}")
+        lines += [f"{'reference:':12}{row['references'][0]}", ""]
+    lines.append(" " * 20 + "".join(f"{column:>12}" for column in results["scores"]))
+    for name in SCORE_NAMES:
+        values = [scores.get(name, math.nan) for scores in results["scores"].values()]
+        lines.append(f"{name:20}" + "".join(f"{value:12.3f}" for value in values))
+    for name, reason in results["notes"].items():
+        lines.append(f"{name} means nothing here: {reason}.")
+    lines.append(describe_results(results))
+    if report:
+        lines.append(f"See {report}")
+    tqdm.write("\n".join(lines))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class SaveAndStop(transformers.TrainerCallback):
+    """Save at the end of each epoch; on Ctrl-C and the like finish the step, save it and stop."""
+
+    def __init__(self) -> None:
+        """Nothing was asked for yet."""
+        self.training = False
+        self.number = 0  # of the signal that asked to stop
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; before training, and the second time, end the script at once."""
+        if self.number or not self.training:
+            stop(number, frame)
+        self.number = number
+        with contextlib.suppress(OSError):  # pythonw.exe has nothing to write to
+            os.write(2, b"\nStopping after this step, which will be saved. Once more: at once.\n")
+
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
+        """From now on there is something to save."""
         self.training = True
-        signal.signal(signal.SIGINT, self.stop)  # again: SwanLab has set its own
-        signal.signal(signal.SIGTERM, self.stop)
+        handle_stop_signals(self.stop)  # again: SwanLab has set its own
 
-    def check_disk(self, model, copies):
-        needed = copies * 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # Adam keeps two more
-        if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
-            raise SystemExit(f"No room for checkpoints in {OUTPUT_FOLDER}, {needed >> 20} MiB: make some, run again.")
+    def on_step_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
+        """Stop all processes if one of them was asked to."""
+        number = self.number
+        if args.world_size > 1:
+            number = reduce(torch.tensor(number, device=args.device), "sum").item()
+        if number:
+            control.should_training_stop = True
+        if number or state.epoch.is_integer():
+            control.should_save = True
 
-    def stop(self, number, frame):
-        """Ctrl-C and SIGTERM: in training stop after the step, which is saved; else, and asked twice, at once."""
-        if self.stopped_by or not self.training:
-            print("\nStopped. Run it again to go on.", flush=True)
-            os._exit(128 + number)  # an exception gets lost where the signal meets a library's own clean-up
-        print("\nStopping at the end of this step, which is saved; once more: at once.", flush=True)
-        self.stopped_by = number
+    def on_epoch_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
+        """Don't evaluate half an epoch; it is resumed later."""
+        control.should_evaluate = control.should_evaluate and state.epoch.is_integer()
 
-    def on_step_begin(self, args, state, control, **kwargs):  # so that any run draws the same dropout in a step
-        torch.manual_seed(hash((SEED, state.global_step, args.process_index)))
 
-    def on_step_end(self, args, state, control, model, **kwargs):
-        stopped = utils.reduce(torch.tensor(self.stopped_by, device=args.device), "sum").item() > 0  # in any process
-        control.should_training_stop |= stopped
-        if stopped and not state.epoch.is_integer():
-            args.eval_strategy = transformers.IntervalStrategy.NO  # half an epoch is not evaluated
-        control.should_save |= stopped or state.epoch.is_integer()
-        if control.should_save:
-            self.check_disk(model, copies=1)
-            if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-                raise SystemExit("The adapter is no longer finite: lower LEARNING_RATE. The last checkpoint is kept.")
+class LogLine(transformers.ProgressCallback):
+    """Show one bar, and one readable line per log."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Show no second bar."""
+
+    def on_log(
+        self, args: Arguments, state: State, control: Control, logs: dict[str, float], **_: Any
+    ) -> None:
+        """Print a line such as step 120/500 | loss 2.345 | lr 9.1e-05 | 12.3 images/s | ..."""
+        if self.training_bar is None:
+            return
+        form = {
+            "loss": "loss {:.3f}",
+            "learning_rate": "lr {:.1e}",
+            "grad_norm": "gradient {:.2f}",
+            "images_per_second": "{:.1f} images/s",
+            "memory_gib": "{:.1f} GiB",
+            "minutes_left": "{:.0f} min left",
+            "eval_loss": "held-out loss {:.3f}",
+        }
+        parts = [text.format(logs[name]) for name, text in form.items() if name in logs]
+        if parts:
+            step = f"step {state.global_step}/{state.max_steps}"
+            self.training_bar.write(" | ".join([step, *parts]))
+
+
+class HeaviestPass(transformers.TrainerCallback):
+    """Try the heaviest pass before the first step, and choose batch size and checkpointing.
+
+    Two kinds of samples are heavy: the longest ones, and those with the most learned tokens, each
+    of which has a logit for every word of the vocabulary.
+    """
+
+    def __init__(self, trainer: "CaptionTrainer") -> None:
+        """Take the trainer, whose loss is what will be computed."""
+        self.trainer = trainer
+        self.collator = trainer.data_collator
+
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
+        """Choose, and print what the training will need."""
+        on_gpu = args.device.type == "cuda"
+        # a CPU has no such limit, and no number as exact
+        free = free_memory() if on_gpu else math.inf
+        size = min(self.collator.batch_size, args.per_device_train_batch_size)
+        checkpointing = GRADIENT_CHECKPOINTING is True
+        if on_gpu and "auto" in (BATCH_SIZE, GRADIENT_CHECKPOINTING):
+            size, checkpointing = self.choose(0.9 * free, args.per_device_train_batch_size)
+        self.collator.batch_size = size
+        self.set_checkpointing(checkpointing)
+        needed = self.measure(size)
+        reset_peak()
+        print(
+            f"{size} images per pass, gradient checkpointing {'on' if checkpointing else 'off'}: "
+            f"the heaviest pass takes {needed / 2**30:.2f} GiB with Adam's state."
+        )
+        if needed > 0.95 * free:
+            # Windows and WSL don't fail, but move what does not fit to main memory
+            print("That is more than is free. Lower BATCH_SIZE, or training will be very slow.")
+
+    def choose(self, limit: float, share: int) -> tuple[int, bool]:
+        """Return batch size and checkpointing: the largest that fits, if need be recomputed."""
+        sizes = [BATCH_SIZE]
+        if BATCH_SIZE == "auto":
+            sizes = [2**power for power in range(share.bit_length()) if 2**power <= share]
+        tries = [False, True] if GRADIENT_CHECKPOINTING == "auto" else [GRADIENT_CHECKPOINTING]
+        for checkpointing in tries:
+            self.set_checkpointing(checkpointing)
+            best = self.largest_that_fits(sizes, limit)
+            # a single image per pass keeps no GPU busy: recompute instead
+            if best > 1 or (best and checkpointing == tries[-1]):
+                return best, checkpointing
+        raise SystemExit(
+            f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
+            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), lower "
+            "BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
+        )
+
+    def largest_that_fits(self, sizes: list[int], limit: float) -> int:
+        """Try growing batch sizes; return the last one within the limit, 0 if there is none."""
+        best, peaks = 0, []
+        for size in sizes:
+            # a line through the last two predicts the next: a try may not run out of memory
+            if len(peaks) > 1 and peaks[-1] + 2 * (peaks[-1] - peaks[-2]) > limit:
+                break
+            try:
+                peak = self.measure(size)
+            except torch.OutOfMemoryError:
+                peak = math.inf
+            peaks.append(max(gather_object([peak])))  # all processes choose the same
+            if peaks[-1] > limit:
+                break
+            best = size
+        torch.cuda.empty_cache()
+        return best
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the activations of each layer in the backward pass, or keep them."""
+        model = self.trainer.model
+        if on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.activation_checkpointing_disable()
+
+    def measure(self, size: int) -> int:
+        """Return the peak bytes of training passes with so many samples, Adam's state included."""
+        trainer = self.trainer
+        trained = trained_bytes(trainer.model)
+        # Adam makes its two numbers per weight in the first step, DDP its buckets in the first pass
+        missing = 0 if trainer.optimizer.state else 2 * trained
+        if trainer.args.world_size > 1:
+            missing += trained
+        reset_peak()
+        try:
+            for column in ("tokens", "learned"):
+                samples = heaviest(trainer.train_dataset, column, size)
+                # from the second pass on there are gradients to add to
+                trainer.try_pass(samples)
+                trainer.try_pass(samples)
+                # an evaluation needs less, unless its samples are much heavier
+                samples = heaviest(trainer.eval_dataset, column, size)
+                trainer.token_losses(self.collator.make_pass(samples))
+        finally:
+            trainer.model.zero_grad()
+        return peak_memory() + missing
+
+
+def heaviest(table: datasets.Dataset, column: str, size: int) -> list[dict]:
+    """Return the samples with the largest numbers in a column."""
+    order = numpy.argsort(table[column][:], kind="stable")
+    return table.select(order[-size:]).to_list()
 
 
 class CaptionTrainer(transformers.Trainer):
-    """The Hugging Face Trainer, which looks at every loss and captions the held-out pictures at each evaluation."""
+    """The Hugging Face Trainer, for batches that are cut into passes, with its own evaluation."""
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        names = inputs.pop("names")
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training and not loss.isfinite():
-            step = f"The loss is {loss} in step {self.state.global_step + 1}, on"
-            raise SystemExit(f"{step} {', '.join(names)}: look at these, or lower LEARNING_RATE. Checkpoints are kept.")
+    def __init__(self, judge: Judge, run: dict, **options: Any) -> None:
+        """Set up the Trainer; judge compares the captions, run is what the report says of it."""
+        super().__init__(**options)
+        self.judge = judge
+        self.run = run
+        self.hidden = self.data_collator.features.hidden
+        # Qwen2.5-VL and Qwen3-VL don't say so, but do take the number of tokens of a whole step
+        self.model_accepts_loss_kwargs = True
+        self.results = {}  # of the latest evaluation
+        self.step_images = []  # names of those in the current step
+        self.skipped = 0  # steps in a row without finite gradients
+        self.clock = None  # (seconds, step) where the pace is counted from
+
+    # What a step sees
+
+    def _get_train_sampler(self, dataset: Any = None) -> torch.utils.data.Sampler:  # noqa: ANN401
+        """Shuffle, and fill up the last step of an epoch so that all steps have as many images."""
+        # accelerate would fill it up too, but by another number for each number of GPUs
+        step = self.args.per_device_train_batch_size * self.args.world_size
+        whole = math.ceil(len(self.train_dataset) / step) * step
+        return torch.utils.data.RandomSampler(self.train_dataset, num_samples=whole)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """Let the rate rise over WARMUP of the steps, then fall to 0; no step has a rate of 0."""
+        # the library's own schedule starts with a step at rate 0
+        warmup = math.ceil(WARMUP * num_training_steps)
+
+        def factor(step: int) -> float:
+            rising = (step + 1) / (warmup + 1)
+            falling = (num_training_steps - step) / max(1, num_training_steps - warmup)
+            return max(0.0, min(rising, falling, 1.0))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
+        """Run the passes of a step and add up their gradients; returns the loss of the step."""
+        # so that a resumed run draws the same dropout
+        torch.manual_seed(hash((SEED, self.state.global_step, self.args.process_index)))
+        self.clock = self.clock or (time.monotonic(), self.state.global_step)
+        self.step_images = sum((each["names"] for each in inputs["passes"]), [])
+        *others, last = inputs["passes"]
+        losses = []
+        for batch in others:
+            # several processes exchange their gradients once, in the last pass
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        loss = torch.stack(losses).sum()
+        if not loss.isfinite() and self.accelerator.scaler is None:
+            raise SystemExit(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, on "
+                f"{', '.join(self.step_images)}. Look at these images and their captions, or "
+                "lower LEARNING_RATE with a new OUTPUT_FOLDER. The checkpoints are kept."
+            )
         return loss
 
-    def log(self, logs, *args, **kwargs):
-        """Add speed and memory to the Trainer's line; give SwanLab all but what nobody looks at as a curve."""
-        now, step = time.monotonic(), self.state.global_step
-        if "loss" in logs:
-            pace = (now - self.logged[0]) / (step - self.logged[1])  # seconds a step
-            memory = torch.cuda.max_memory_allocated() or psutil.Process().memory_info().rss  # of the card, if any
-            logs |= {"pictures/s": BATCH_SIZE * GRADIENT_ACCUMULATION / pace, "memory GiB": memory / 2**30}
-            logs["minutes left"] = pace * (self.state.max_steps - step) / 60
-            self.logged = now, step
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a pass: its sum over tokens, divided by those of the whole step."""
+        inputs = model_inputs(inputs, self.hidden)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def try_pass(self, samples: list[dict]) -> None:
+        """Run a training pass whose gradients are thrown away by the caller."""
+        batch = send_to_device(self.data_collator.make_pass(samples), self.args.device)
+        count = batch["shift_labels"].numel()
+        self.model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch, num_items_in_batch=count)
+        loss.backward()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clip the gradients; leave out a step whose gradients are not finite, in all processes."""
+        norm = super()._clip_grad_norm(model)
+        if math.isfinite(norm.item()):
+            self.skipped = 0
+            return norm
+        step = self.state.global_step + 1
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # it leaves the step out itself, and scales the loss less
+            scale = scaler.get_scale()
+            tqdm.write(f"Step {step} is left out: float16 overflowed at loss scale {scale}.")
+            return norm
+        self.skipped += 1
+        tqdm.write(f"Step {step} is left out: its gradient is {norm.item()}. It saw:")
+        tqdm.write("  " + ", ".join(self.step_images))
+        if self.skipped == 3:
+            raise SystemExit(
+                "Three steps in a row had no finite gradient. Lower LEARNING_RATE, with a new "
+                "OUTPUT_FOLDER. The checkpoints are kept."
+            )
+        model.zero_grad()  # the optimizer passes over weights without a gradient
+        return norm
+
+    # What is logged, judged and kept
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add speed and memory of the training to the Trainer's numbers."""
+        if "loss" in logs and self.clock:
+            now, step = time.monotonic(), self.state.global_step
+            pace = (now - self.clock[0]) / max(1, step - self.clock[1])  # seconds per step
+            images = self.args.per_device_train_batch_size * self.args.world_size
+            logs["images_per_second"] = images / pace
+            logs["memory_gib"] = peak_memory() / 2**30
+            logs["minutes_left"] = pace * (self.state.max_steps - step) / 60
+            self.clock = (now, step)
         super().log(logs, *args, **kwargs)
-        dull = "epoch|runtime|per_second|flos|train_loss|minutes"
-        points = {f"train/{n}".replace("train/eval_", "eval/"): v for n, v in logs.items() if not re.search(dull, n)}
-        if points and swanlab.has_run():
-            swanlab.log(points, step=step)
 
-    def caption(self, title):
-        """Caption the held-out pictures, their input as in training. Returns a frame: caption, ended (by itself)."""
-        tokenizer, captions = self.data_collator.processor.tokenizer, []
-        end = tokenizer.convert_tokens_to_ids(end_of_turn)
-        limits = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-        batches = torch.utils.data.DataLoader(self.eval_dataset, EVAL_BATCH_SIZE, collate_fn=self.data_collator.encode)
-        batches = self.accelerator.prepare_data_loader(batches)  # each process gets its share, on its device
-        for batch in tqdm(batches, desc=title, position=0, leave=False, disable=not self.is_world_process_zero()):
-            inputs = {name: value for name, value in batch.items() if name not in ("captions", "labels", "names")}
-            inputs["attention_mask"] = (batch["captions"] >= 0).long()  # (B, T)
-            with torch.inference_mode(), self.accelerator.autocast():
-                tokens = self.model.generate(**inputs, **limits, do_sample=False)  # (B, T + new tokens)
-            said = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-            texts = [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
-            found = [{"caption": text, "ended": end in new} for text, new in zip(texts, said, strict=True)]
-            captions += self.accelerator.gather_for_metrics(found, use_gather_object=True)  # in the table's order
-        return pandas.DataFrame(captions)
+    @torch.no_grad()
+    def token_losses(self, batch: dict) -> torch.Tensor:
+        """Return the loss of each learned token (N,) of a pass."""
+        self.model.eval()
+        inputs = model_inputs(send_to_device(batch, self.args.device), self.hidden)
+        with self.compute_loss_context_manager():
+            logits = self.model_wrapped(**inputs).logits  # (N, vocabulary)
+        cross_entropy = torch.nn.functional.cross_entropy
+        return cross_entropy(logits.float(), inputs["shift_labels"], reduction="none").cpu()
 
-    def evaluate(self, *args, **kwargs):
-        metrics, table = super().evaluate(*args, **kwargs), self.eval_dataset
-        if not hasattr(self, "before"):  # the base model says the same each time
-            with self.model.disable_adapter():
-                self.before = self.caption("Captions before")
-        after, decode = self.caption("Captions now"), self.data_collator.processor.batch_decode
-        human = [decode(answers, skip_special_tokens=True) for answers in table["answers"]]
-        scores = {"before": score(self.before, human), "after": score(after, human)}
-        rows = table.select_columns(["pictures", "sizes"]).to_dict() | {"human": human}
-        rows |= {"before": self.before.to_dict("records"), "after": after.to_dict("records")}
-        self.results = {"scores": scores, "captions": pandas.DataFrame(rows).to_dict("records")}
-        self.log({f"eval_{name}": value for name, value in scores["after"].items()})
-        if self.is_world_process_zero():
-            publish(self.results, self.state, self.data_collator)
-        self.logged = time.monotonic(), self.state.global_step  # an evaluation's time does not count as training
+    def held_out_loss(self) -> float:
+        """Return the mean loss over all tokens that are held out.
+
+        Added up token by token, so the same for any number of processes and images per pass.
+        """
+        table, size = self.eval_dataset, self.data_collator.batch_size
+        ours = share_out(len(table))
+        total, count = 0.0, 0
+        for start in range(0, len(ours), size):
+            numbers = ours[start : start + size]
+            batch = self.data_collator.make_pass([table[n % len(table)] for n in numbers])
+            losses = self.token_losses(batch)  # (N,)
+            # samples that only fill up do not count
+            rows = batch["logits_to_keep"].nonzero()[:, 0]  # (N,), the sample of each token
+            real = torch.tensor(numbers)[rows] < len(table)  # (N,)
+            total += losses[real].double().sum().item()
+            count += int(real.sum())
+        total, count = numpy.sum(gather_object([(total, count)]), axis=0)
+        return float(total / count)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compare the captions of the held-out images; the Trainer calls this each epoch."""
+        step = self.state.global_step
+        metrics = {"eval_loss": self.held_out_loss()}
+        self.results = self.judge.judge(self.model, trained=step > 0)
+        self.results["step"] = step
+        for name, value in self.results["scores"]["fine_tuned"].items():
+            metrics[f"eval_{name}"] = value
+        self.log(metrics)
+        self.keep_best()
+        if IS_MAIN:
+            show_results(self.results, self.state, self.run)
+        self.clock = None  # the time of an evaluation is no training
+        reset_peak()
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
+    def keep_best(self) -> None:
+        """Keep the adapter of the best evaluation, with what it said, in OUTPUT_FOLDER/best."""
+        epoch_ended = self.state.global_step and float(self.state.epoch).is_integer()
+        if KEEP != "best" or not epoch_ended:
+            return
+        folder, unfinished = Path(OUTPUT_FOLDER) / "best", Path(OUTPUT_FOLDER) / "best.tmp"
+        score = self.results["scores"]["fine_tuned"][self.results["headline"]]
+        best = -math.inf
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            best = kept["scores"]["fine_tuned"][self.results["headline"]]
+        PartialState().wait_for_everyone()  # all have looked before the first one writes
+        # of equals the later one: its loss has seen more
+        if score < best:
+            return
+        save_adapter(self, unfinished, self.results)
+        if IS_MAIN:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        PartialState().wait_for_everyone()
 
-def build_trainer(model, collator, tables, guard):
-    """Set up the Hugging Face Trainer; with torchrun the passes of a step are shared out over the processes."""
-    if GRADIENT_ACCUMULATION % (processes := int(os.environ.get("WORLD_SIZE", 1))):
-        raise SystemExit(f"GRADIENT_ACCUMULATION = {GRADIENT_ACCUMULATION}: set it to a multiple of {processes}.")
-    on_card = torch.cuda.is_available()
-    workers = 2 * on_card if DATALOADER_WORKERS == "auto" else DATALOADER_WORKERS
-    options = {"num_train_epochs": EPOCHS, "learning_rate": LEARNING_RATE, "warmup_steps": WARMUP, "seed": SEED}
-    options |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": EVAL_BATCH_SIZE}
-    options |= {"gradient_accumulation_steps": GRADIENT_ACCUMULATION // processes, "ddp_find_unused_parameters": False}
-    options |= {"eval_strategy": "epoch", "eval_on_start": True, "logging_steps": LOG_STEPS, "save_steps": SAVE_STEPS}
-    options |= {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16, "use_cpu": not on_card}
-    small = on_card and torch.cuda.get_device_properties(PartialState().device).total_memory < 12e9
-    options |= {"activation_checkpointing": small if GRADIENT_CHECKPOINTING == "auto" else GRADIENT_CHECKPOINTING}
-    options |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "disable_tqdm": False}
-    options |= {"dataloader_pin_memory": on_card, "remove_unused_columns": False}  # the collator wants samples whole
-    # a PeftModel hides the labels' name; logits exist only where there is a label, so batches of them don't stack
-    options |= {"label_names": ["labels"], "prediction_loss_only": True, "save_total_limit": KEEP_CHECKPOINTS}
-    arguments = transformers.TrainingArguments(OUTPUT_FOLDER, **options)
-    arguments._n_gpu = 1  # else the Trainer spreads each batch over all visible cards by threads, slower than one card
-    return CaptionTrainer(model, arguments, collator, tables["train"], tables["test"], callbacks=[guard])
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
+        """Write a checkpoint to the disk, and only then delete the oldest one."""
+        self.check_disk(copies=1)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not all(parameter.isfinite().all() for parameter in trained):
+            raise SystemExit(
+                "The adapter's weights are no longer finite. The last checkpoint is kept. Lower "
+                "LEARNING_RATE, with a new OUTPUT_FOLDER."
+            )
+        super()._save_checkpoint(model, trial)
+        # each process has written its part
+        PartialState().wait_for_everyone()
+        if IS_MAIN:
+            newest = Path(OUTPUT_FOLDER) / f"checkpoint-{self.state.global_step}"
+            flush_to_disk(newest)
+            older = [checkpoint for checkpoint in find_checkpoints() if checkpoint != newest]
+            for checkpoint in older[: max(0, len(older) + 1 - KEEP_CHECKPOINTS)]:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def check_disk(self, copies: int) -> None:
+        """Stop if so many checkpoints don't fit on the disk: out of space, half a file is left."""
+        # Adam keeps two numbers for each weight
+        needed = copies * (3 * trained_bytes(self.model) + 2**24)
+        if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
+            raise SystemExit(
+                f"Not enough disk space for checkpoints in {OUTPUT_FOLDER} "
+                f"({needed / 1e6:.0f} MB needed). Free some and run again."
+            )
 
 
-def score(said, references):
-    """Measure how captions agree with what people wrote, by COCO's own classes; each caption gets its "CIDEr", too."""
-    found = {n: [" ".join(word.findall(text.lower()))] for n, text in enumerate(said["caption"])}
-    human = {n: [" ".join(word.findall(text.lower())) for text in texts] for n, texts in enumerate(references)}
-    with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its working
-        cider, said["CIDEr"] = Cider().compute_score(human, found)
-        scores = {"CIDEr": cider, "BLEU-4": Bleu(4).compute_score(human, found)[0][3]}  # of BLEU-1 to BLEU-4
-        scores["ROUGE-L"] = Rouge().compute_score(human, found)[0]
-    scores["words a caption"] = said["caption"].str.count(word.pattern).mean()
-    return scores | {"ended by itself": said["ended"].mean()}
+def trained_bytes(model: torch.nn.Module) -> int:
+    """Return the size of the weights that are trained."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def draw_row(row, collator):
-    """Return a row of the gallery, its cells in HTML, the words marked that people used, too."""
-    said = {part for text in row["human"] for part in word.findall(text.lower())}
-    cells = {"held out": "", "people": "<br>".join(map(html.escape, row["human"]))}
-    for picture in map(collator.open_picture, row["pictures"], row["sizes"]):
-        ImageOps.contain(picture, (280, 280)).save(jpeg := io.BytesIO(), format="JPEG")  # 500 of them are 11 MB of page
-        cells["held out"] += f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
-    for when in ("before", "after"):
-        parts = re.split(f"({word.pattern})", row[when]["caption"])
-        cells[when] = "".join(f"<b>{part}</b>" if part.lower() in said else html.escape(part) for part in parts)
-    return cells | {"CIDEr": row["after"]["CIDEr"]}
+def flush_to_disk(folder: Path) -> None:
+    """Wait until all files of a folder have reached the disk: a power cut may come."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
-def publish(results, state, collator):
-    """Show the latest evaluation in report.html, in SwanLab and on the terminal."""
-    frame, scores, step = pandas.DataFrame(results["captions"]), pandas.DataFrame(results["scores"]), state.global_step
-    panels = [("loss", "eval_loss"), ("eval_CIDEr",), ("eval_BLEU-4", "eval_ROUGE-L"), ("learning_rate",)]
-    panels += [("grad_norm",)]
-    curves = pandas.DataFrame(state.log_history, columns=["step", *sum(panels, ())]).groupby("step").first()
-    axes = curves.interpolate().plot(subplots=panels, layout=(2, 3), figsize=(15, 8), sharex=False)
-    said = {"people": frame.human.explode(), "before": frame.before.str["caption"], "after": frame.after.str["caption"]}
-    lengths = {who: texts.str.count(word.pattern).value_counts(normalize=True) for who, texts in said.items()}
-    axes[1, 2].set_visible(True)
-    pandas.DataFrame(lengths).plot.bar(ax=axes[1, 2], xlabel="words a caption", ylabel="share of the captions")
-    pyplot.savefig(svg := io.StringIO(), format="svg", bbox_inches="tight")
-    pyplot.close()
-    look = {"border": 0, "float_format": "{:.3f}".format}
-    page = "<!doctype html><meta charset=utf-8><style>* { font-family: sans-serif } b { background: #bfb }"
-    page += " img { width: 200px } td, th { padding: 4px 12px; text-align: left; vertical-align: top }</style><h1>"
-    page += "CIDEr {:.3f} before, {:.3f} after {} of {} steps".format(*scores.loc["CIDEr"], step, state.max_steps)
-    page += f"</h1>{scores.to_html(**look)}<p>In common with people: CIDEr words that tell pictures apart,"
-    page += f" BLEU-4 runs of four words, ROUGE-L the longest row of them.<p><svg{svg.getvalue().partition('<svg')[2]}"
-    gallery = pandas.DataFrame([draw_row(row, collator) for row in results["captions"]])
-    best, worst = gallery.nlargest(5, "CIDEr"), gallery.nsmallest(5, "CIDEr")
-    for title, part in (("Best five", best), ("Worst five", worst), ("All", gallery)):
-        page += f"<h2>{title}</h2>" + part.to_html(**look, escape=False, index=False)
-    run = json.loads(Path(OUTPUT_FOLDER, "run.json").read_text(encoding="utf-8"))
-    page += "<h2>Facts</h2>" + pandas.DataFrame([run["versions"] | run["constants"]]).T.to_html(border=0, header=False)
-    write_file(report := Path(OUTPUT_FOLDER).absolute() / "report.html", page)
-    text = "after:  {after[caption]}\nbefore: {before[caption]}\npeople: {human[0]}"
-    texts = [text.format(**row) for row in results["captions"][:SAMPLES_SHOWN]]
+def save_adapter(trainer: CaptionTrainer, folder: Path, results: dict) -> None:
+    """Write adapter, processor and results to a folder; all processes must call this."""
+    # FSDP gathers the weights from all processes
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not IS_MAIN:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(folder, state_dict=weights)
+    trainer.data_collator.base.processor.save_pretrained(folder)
+    # safetensors writes files that only their owner can read
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    write_model_card(folder, results, trainer.run)
+    with write_atomically(folder / "results.json") as file:
+        json.dump(results, file, ensure_ascii=False, indent=2)
+
+
+def show_results(results: dict, state: State, run: dict) -> None:
+    """Show an evaluation in report.html, in SwanLab and in the terminal.
+
+    This is for looking: what goes wrong here is said, and tried again after the next epoch.
+    """
+    report = None
+    try:
+        report = write_report(results, state, run)
+    except OSError as error:
+        tqdm.write(f"report.html can't be written ({error.strerror}). Training goes on.")
+    try:
+        log_samples(results, state.global_step)
+    except Exception as error:  # SwanLab raises what its server, its disk and its checks raise
+        tqdm.write(f"SwanLab does not take the samples ({error!r}). Training goes on.")
+    print_results(results, report)
+
+
+def build_trainer(
+    model: peft.PeftModel,
+    collator: Collator,
+    tables: datasets.DatasetDict,
+    run: dict,
+    checkpoint: Path | None,
+) -> CaptionTrainer:
+    """Set up the Hugging Face Trainer, with one callback for each duty."""
+    trainer = CaptionTrainer(
+        judge=Judge(tables["test"], collator),
+        run=run,
+        model=model,
+        args=training_arguments(collator.base, len(tables["train"]), checkpoint),
+        data_collator=collator,
+        train_dataset=tables["train"],
+        eval_dataset=tables["test"],
+    )
+    # LogLine is one too: the original has to go first
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.add_callback(HeaviestPass(trainer))
+    trainer.add_callback(LogLine())
+    trainer.add_callback(SwanLabCurves())
+    return trainer
+
+
+def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arguments:
+    """Return the Trainer's arguments for so many samples to train on."""
+    processes = PartialState().num_processes
+    # where there are fewer images than a step takes, each step sees all of them
+    images = max(1, min(IMAGES_PER_STEP, samples) // processes)
+    steps = math.ceil(samples / (images * processes))
+    arguments = Arguments(
+        output_dir=OUTPUT_FOLDER,
+        seed=SEED,
+        use_cpu=base.device.type == "cpu",
+        bf16=base.dtype == torch.bfloat16,
+        fp16=base.dtype == torch.float16,
+        # Batches. The collator cuts the images of a step into passes, so that BATCH_SIZE changes
+        # nothing else; a step sees as many images on any number of GPUs.
+        per_device_train_batch_size=images,
+        gradient_accumulation_steps=1,
+        remove_unused_columns=False,  # the collator needs the whole sample
+        dataloader_pin_memory=base.device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        # Optimisation
+        num_train_epochs=EPOCHS,
+        learning_rate=LEARNING_RATE,
+        # Evaluation: on a resume only where the one after an epoch is still missing
+        eval_strategy="epoch",
+        eval_on_start=checkpoint is None or ended_epoch(checkpoint),
+        # Logging: at least once per epoch; training_step looks for infinite losses itself
+        logging_steps=min(LOG_STEPS, steps),
+        logging_nan_inf_filter=False,
+        disable_tqdm=False,
+        # Checkpoints: CaptionTrainer deletes the older ones
+        save_steps=SAVE_STEPS,
+        save_total_limit=None,
+    )
+    arguments._n_gpu = 1  # one process, one GPU: keep the Trainer from using DataParallel
+    return arguments
+
+
+def ended_epoch(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written at the end of an epoch."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return float(state["epoch"]).is_integer()
+
+
+def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
+    """Print the numbers that follow from constants and data, before the work starts."""
+    train = tables["train"]
+    captions = sum(map(len, train["references"]))
+    images = itertools.chain.from_iterable(map(images_of, train))
+    most_tokens = max(map(trainer.data_collator.features.tokens, images))
+    images = trainer.args.per_device_train_batch_size * trainer.args.world_size
+    steps = math.ceil(len(train) / images)
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    print(
+        f"{len(train)} samples with {captions} captions to train on, {len(tables['test'])} samples "
+        f"held out. At most {most_tokens} tokens per image."
+    )
+    print(f"{trainable:,} parameters are trained, {total - trainable:,} are frozen on the GPU.")
+    print(
+        f"{EPOCHS} epochs of {steps} steps with {images} images each: {EPOCHS * steps} steps. "
+        f"Results go to {Path(OUTPUT_FOLDER).absolute()}"
+    )
+    trainer.check_disk(copies=KEEP_CHECKPOINTS + 1)
+    if EPOCHS * steps < 20:
+        print(
+            f"Only {EPOCHS * steps} steps: that teaches little. Take more images, a higher EPOCHS, "
+            "or a lower IMAGES_PER_STEP."
+        )
+
+
+# ---- SwanLab -------------------------------------------------------------------------------------
+
+
+# What SwanLab shows of the Trainer's numbers; the others make no useful curves
+CURVES = {
+    "loss": "train/loss",
+    "grad_norm": "train/gradient norm",
+    "learning_rate": "train/learning rate",
+    "images_per_second": "train/images per second",
+    "memory_gib": "train/memory GiB",
+}
+
+
+class SwanLabCurves(transformers.TrainerCallback):
+    """Send the curves that people look at to SwanLab.
+
+    SwanLab's own callback also sends the Trainer's arguments, which hold the names of folders.
+    """
+
+    def on_log(
+        self, args: Arguments, state: State, control: Control, logs: dict[str, float], **_: Any
+    ) -> None:
+        """Send what is logged, if there is a SwanLab run."""
+        points = {}
+        for name, value in logs.items():
+            if name in CURVES:
+                points[CURVES[name]] = value
+            elif name.startswith("eval_"):
+                points[name.replace("eval_", "eval/", 1)] = value
+        if points and swanlab.has_run():
+            swanlab.log(points, step=state.global_step)
+
+
+def start_swanlab(run: dict) -> None:
+    """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training goes on."""
+    drop_unreadable_variables()
+    config = {**run["versions"], **run["constants"]}
+    if not SHARE_MACHINE_INFO:
+        # folder names may hold a person's name
+        config = {name: value for name, value in config.items() if not is_path(name)}
+    # offline: recorded on disk, for swanlab sync to upload later
+    for mode in (SWANLAB_MODE, "offline"):
+        try:
+            settings = swanlab.Settings(
+                interactive=False,  # it asks for no key
+                probe=swanlab.Settings.Probe(
+                    runtime=SHARE_MACHINE_INFO,
+                    git=SHARE_MACHINE_INFO,
+                    requirements=SHARE_MACHINE_INFO,
+                    swanlab=SHARE_MACHINE_INFO,
+                ),
+                terminal=swanlab.Settings.Terminal(proxy_type="none"),
+            )
+            if mode == "auto":
+                logged_in = "online" if settings.api_key else "local"
+                mode = os.environ.get("SWANLAB_MODE") or logged_in
+            if mode == "online":  # a start that hangs would let no other begin
+                requests.head(settings.api_host, timeout=min(10, SWANLAB_TIMEOUT))
+            within(
+                SWANLAB_TIMEOUT,
+                swanlab.init,
+                project=SWANLAB_PROJECT,
+                name=SWANLAB_EXPERIMENT,
+                config=config,
+                mode=mode,
+                settings=settings,
+            )
+            return
+        except Exception as error:  # SwanLab raises dozens of kinds, and none may stop a training
+            print(f"SwanLab does not start in mode {mode}: {error!r}")
+
+
+def is_path(name: str) -> bool:
+    """Tell whether a constant is a path."""
+    rule = get_type_hints(sys.modules[__name__], include_extras=True).get(name)
+    return rule in (PathText, PathText | None)
+
+
+def drop_unreadable_variables() -> None:
+    """Leave out environment variables that stop SwanLab from starting, such as SWANLAB_PROJECT."""
+    variables = {name: os.environ[name] for name in os.environ if name.startswith("SWANLAB_")}
+    for name in variables:
+        del os.environ[name]
+    for name, value in variables.items():
+        os.environ[name] = value
+        try:
+            swanlab.Settings(interactive=False)
+        except ValueError:
+            del os.environ[name]
+            print(f"SwanLab can't read the environment variable {name}: left out for this run.")
+
+
+def within(seconds: float, function: Callable, **options: Any) -> None:
+    """Call a function that may never return; raise its error, or TimeoutError after seconds."""
+    outcome = {}
+
+    def call() -> None:
+        try:
+            function(**options)
+        except BaseException as error:  # carried over to the thread that waits
+            outcome["error"] = error
+
+    # a thread of a pool would be waited for when the script ends
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    if "error" in outcome:
+        raise outcome["error"]
+
+
+def finish_swanlab(failure: BaseException | None) -> None:
+    """Finish the run; if SwanLab does not answer, say how to upload it later."""
+    if not swanlab.has_run():
+        return
+    run = swanlab.get_run()
+    advice = f"Upload it later: swanlab sync {run.dir} --id {run.id}"
+    # its text may name folders
+    end = {"state": "crashed", "error": type(failure).__name__} if failure else {}
+    try:
+        within(SWANLAB_TIMEOUT, swanlab.finish, **end)
+    except Exception as error:  # whatever it is, the training is over
+        print(f"SwanLab did not finish ({error!r}). {advice}", flush=True)
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+            leave_swanlab(failure.code if isinstance(failure, SystemExit) else 1)
+
+
+def leave_swanlab(code: int | str | None) -> None:
+    """End the process if SwanLab did not finish: its own threads would keep it alive for ever."""
     if swanlab.has_run():
-        pictures = map(collator.open_picture, frame.pictures.str[0], frame.sizes.str[0])
-        images = [swanlab.Image(p, caption=t, file_type="jpg") for t, p in zip(texts, pictures, strict=False)]
-        swanlab.log({"samples": images, "captions": [swanlab.Text(t, caption=t[:50]) for t in texts]}, step=step)
-    tqdm.write("\n".join(["", *texts, scores.to_string(float_format="{:.3f}".format), f"Step {step}: see {report}"]))
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
-def main():
-    check_constants()
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one of the processes of torchrun speaks for all
-    sys.stdout.reconfigure(errors="replace")  # not every console knows every character of a caption
+def log_samples(results: dict, step: int) -> None:
+    """Show a few held-out images with their captions in SwanLab."""
+    if not swanlab.has_run():
+        return
+    images, texts = [], []
+    for row in results["captions"][:SAMPLES_SHOWN]:
+        lines = [f"{column}: {row[column]['text']}" for column in results["scores"]]
+        caption = "\n".join([*lines, f"reference: {row['references'][0]}"])
+        first = row["images"][0]
+        image = open_image(first["path"], first["height"], first["width"])
+        images.append(swanlab.Image(image, caption=caption, file_type="jpg"))
+        texts.append(swanlab.Text(caption, caption=caption[:50]))
+    swanlab.log({"samples": images, "captions": texts}, step=step)
+
+
+# ---- Using the result ----------------------------------------------------------------------------
+
+MODEL_CARD = """\
+---
+base_model: {{ constants.MODEL_FOLDER }}
+library_name: peft
+---
+# LoRA adapter for {{ constants.MODEL_FOLDER }}
+
+Made by train.py, and judged on {{ results.captions | length }} held-out images after step
+{{ results.step }}:
+
+| score | {{ results.scores | join(" | ") }} |
+|---|{{ "---|" * (results.scores | length) }}
+{% for name in score_names %}
+| {{ name }}{% for scores in results.scores.values() %} | {{ scores[name] | round(3) }}\
+{% endfor %} |
+{% endfor %}
+
+Ask it as it was trained: with the prompt `{{ prompt }}` and images of
+{{ run.size }}. To caption images with it, set `CAPTION` at the top of train.py.
+
+{% for name, value in settings.items() %}
+* {{ name }}: {{ value }}
+{% endfor %}
+"""
+
+
+def write_model_card(folder: Path, results: dict, run: dict) -> None:
+    """Write README.md beside the adapter: what it is, how good, and how to ask it."""
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
+    card = environment.from_string(MODEL_CARD).render(
+        results=results,
+        score_names=SCORE_NAMES,
+        run=run,
+        prompt=run["prompt"].replace("\n", "\\n"),
+        constants=run["constants"],
+        settings={**run["versions"], **run["constants"]},
+    )
+    with write_atomically(folder / "README.md") as file:
+        file.write(card)
+
+
+class Request(NamedTuple):
+    """An image to caption: its name as the user gave it, its path, and a question of its own."""
+
+    name: str
+    path: str
+    question: str
+
+
+def read_requests() -> list[Request]:
+    """Return what CAPTION names: an image, the images of a folder, or the rows of a CSV."""
+    source = Path(CAPTION)
+    if source.is_dir():
+        Image.init()
+        known = {end for end, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS}
+        files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
+        return [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
+    if source.suffix.lower() != ".csv":
+        return [Request(CAPTION, os.path.abspath(source), "")]
+    rows = read_csv(source)
+    if rows and "image_path" not in rows[0]:
+        raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
+    requests_made = []
+    for row in rows:
+        path = os.path.abspath(source.parent / row["image_path"].replace("\\", "/"))
+        requests_made.append(Request(row["image_path"], path, row.get("question", "").strip()))
+    return requests_made
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error}") from None
+
+
+def caption_images(base: Base, run: dict) -> None:
+    """Caption what CAPTION names with the trained adapter, into OUTPUT_FOLDER/captions.csv.
+
+    Through the same functions as in training, so with the same prompt and pixels.
+    """
+    wanted = read_requests()
+    features = KeptFeatures(base)
+    images = see_requested(wanted, features, base)
+    wanted = [request for request in wanted if request.path in images]
+    if not wanted:
+        raise SystemExit(f"CAPTION = {CAPTION!r} has no image that can be captioned.")
+    model = load_model(base, adapter=Path(OUTPUT_FOLDER))
+    collator = Collator(base, features, model)
+    # what an interrupted start has captioned already
+    unfinished = Path(OUTPUT_FOLDER) / "captions.part"
+    captions = read_finished(unfinished)
+    waiting = [request for request in wanted if request not in captions]
+    portion = 8 * collator.batch_size * PartialState().num_processes
+    for start in range(0, len(waiting), portion):
+        part = waiting[start : start + portion]
+        samples = [make_sample(images[each.path], each.question, base, run) for each in part]
+        title = f"Captions from {start + 1} of {len(waiting)}"
+        for request, caption in zip(
+            part, generate_captions(model, collator, samples, title), strict=True
+        ):
+            captions[request] = caption.text
+        if IS_MAIN:
+            with write_atomically(unfinished) as file:
+                json.dump(list(captions.items()), file, ensure_ascii=False)
+    if IS_MAIN:
+        write_captions([(request, captions[request]) for request in wanted])
+        unfinished.unlink(missing_ok=True)
+
+
+def see_requested(
+    wanted: list[Request], features: KeptFeatures, base: Base
+) -> dict[str, ImageFile]:
+    """Return the images that can be captioned, by path; name the others."""
+    inspected = inspect_images((request.path for request in wanted), base.side)
+    whole = [image for image in inspected.values() if not image.problem]
+    problems = see_images(whole, features, base)
+    images = {}
+    for path, image in inspected.items():
+        problem = image.problem or problems.get(image.digest)
+        if problem:
+            print(f"Left out: {problem}.")
+        else:
+            images[path] = image
+    return images
+
+
+def make_sample(image: ImageFile, question: str, base: Base, run: dict) -> dict:
+    """Return a sample without answers: an image with its own question or that of the training."""
+    return ask_instead({"images": [image._asdict()]}, question or run["question"], base)
+
+
+def read_finished(path: Path) -> dict[Request, str]:
+    """Return the captions that an interrupted start has made."""
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {Request(*request): caption for request, caption in pairs}
+
+
+def write_captions(rows: list[tuple[Request, str]]) -> None:
+    """Write captions.csv, in the order in which the images were named."""
+    path = Path(OUTPUT_FOLDER) / "captions.csv"
+    with write_atomically(path) as file:
+        file.write("\ufeff")  # tells Excel that this is UTF-8
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["image_path", "question", "caption"])
+        for request, caption in rows:
+            table.writerow([request.name, request.question, caption])
+    print(f"{len(rows)} captions are in {path.absolute()}")
+
+
+def merge_adapter(folder: Path) -> None:
+    """Write the model's own files with the adapter added to the weights that it stands beside.
+
+    Weights keep their names and dtype, all other files are the original's own, so that programs
+    for the original read this as well. No model is built.
+    """
+    adapter_config = json.loads((Path(OUTPUT_FOLDER) / "adapter_config.json").read_text("utf-8"))
+    scale = adapter_config["lora_alpha"] / adapter_config["r"]
+    pairs = read_lora_pairs(Path(OUTPUT_FOLDER) / "adapter_model.safetensors")
+    merged = set()
+    # file by file: never more than one in memory
+    for path in sorted(Path(MODEL_FOLDER).iterdir()):
+        if path.suffix != ".safetensors":
+            if path.is_file() and not path.name.startswith("."):  # not our own records
+                shutil.copy(path, folder)
+            continue
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, weight in tensors.items():
+            layer = layer_name(name)
+            if layer in pairs and "visual" not in name:
+                down, up = pairs[layer]
+                change = scale * (up.float() @ down.float())
+                tensors[name] = (weight.float() + change).to(weight.dtype).contiguous()
+                merged.add(layer)
+        save_file(tensors, folder / path.name, metadata)
+        shutil.copymode(path, folder / path.name)
+    if merged != set(pairs):
+        raise ValueError(f"no weights for {sorted(set(pairs) - merged)[:3]} in {MODEL_FOLDER}")
+
+
+def layer_name(name: str) -> str:
+    """Return what a weight is called in all versions, such as layers.0.mlp.up_proj.weight."""
+    found = re.search(r"layers\.\d+\..*", name)
+    return found[0] if found else ""
+
+
+def read_lora_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the adapter's two matrices for each layer: (rank, in) and (out, rank)."""
+    pairs = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no dictionary
+            if ".lora_A." in name:
+                down = file.get_tensor(name)
+                up = file.get_tensor(name.replace(".lora_A.", ".lora_B."))
+                pairs[layer_name(name.replace(".lora_A.", "."))] = (down, up)
+    return pairs
+
+
+def save_merged(base: Base) -> None:
+    """Write OUTPUT_FOLDER/merged, a whole model, and prove that it says what the adapter says."""
+    folder, unfinished = Path(OUTPUT_FOLDER) / "merged", Path(OUTPUT_FOLDER) / "merged.tmp"
+    if folder.is_dir():
+        print(f"{folder} is there already. Delete it to have it written again.")
+        return
+    if IS_MAIN:
+        size = sum(path.stat().st_size for path in Path(MODEL_FOLDER).glob("*.safetensors"))
+        if shutil.disk_usage(OUTPUT_FOLDER).free < 1.02 * size:
+            raise SystemExit(
+                f"Not enough disk space for {folder} ({size / 1e9:.1f} GB needed). Free some and "
+                "run again, or set SAVE_MERGED = False."
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        print(f"Merging the adapter into a copy of {MODEL_FOLDER}.")
+        merge_adapter(unfinished)
+    PartialState().wait_for_everyone()
+    share = prove_merged(unfinished, base)
+    if IS_MAIN:
+        os.replace(unfinished, folder)
+    print(f"{folder.absolute()} is whole: {share:.1%} of its captions equal the adapter's.")
+
+
+def prove_merged(folder: Path, base: Base) -> float:
+    """Open a merged model afresh; return the share of held-out captions that are the adapter's."""
+    model = load_weights(base, folder)
+    collator = Collator(base, KeptFeatures(base), model)
+    table = datasets.load_from_disk(Path(OUTPUT_FOLDER) / "table")["test"]
+    samples = [question.sample for question in held_out_questions(table)]
+    said = generate_captions(model, collator, samples, "Captions of the merged model")
+    results = json.loads((Path(OUTPUT_FOLDER) / "results.json").read_text(encoding="utf-8"))
+    pairs = zip(said, results["captions"], strict=True)
+    equal = [caption.text == row["fine_tuned"]["text"] for caption, row in pairs]
+    return sum(equal) / len(equal)
+
+
+# ---- The story -----------------------------------------------------------------------------------
+
+
+def quiet_libraries() -> None:
+    """Silence what is said to developers, and let one process speak for all."""
+    if not IS_MAIN:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+    # the tower, which LoRA must leave out, is not in the model anyway
+    warnings.filterwarnings("ignore", message=".*exclude_modules")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    transformers.ProgressCallback.on_prediction_step = transformers.TrainerCallback.on_prediction_step  # a bar in a bar
     pyplot.switch_backend("agg")  # draws without a screen
-    transformers.set_seed(SEED)
-    signal.signal(signal.SIGINT, (guard := Guard()).stop)
-    signal.signal(signal.SIGTERM, guard.stop)
-    device, dtype = choose_device()
-    processor, config = load_processor()
-    run, checkpoint = settle_run()
-    if Path(OUTPUT_FOLDER, "results.json").is_file():
-        print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there. For another one set OUTPUT_FOLDER.")
+    # the collator checks that image tokens and features match, without making the GPU wait
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
+    if sys.platform == "linux":
+        # the lengths of batches differ: without this, the GPU's memory falls into pieces
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def check_optional_packages() -> None:
+    """Stop if a constant needs a package that is not installed."""
+    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
+        raise SystemExit(
+            "LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to "
+            "False."
+        )
+
+
+def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
+    """Check the data, let the tower see all images, split, and write the tables."""
+    tables = load_tables() if resuming else None
+    if tables:
+        samples = itertools.chain(*tables.values())
+        images = itertools.chain.from_iterable(map(images_of, samples))
+        problems = see_images(images, features, base)
+        if problems:
+            raise SystemExit(
+                f"{next(iter(problems.values()))}, and {CACHE_FOLDER} lacks what the model saw. "
+                "Bring the image back, or set OUTPUT_FOLDER to a new folder."
+            )
+        return tables
+    training, test, images = [], [], []
+    if IS_MAIN:
+        training = read_examples(DATA_JSON, base)
+        test = read_examples(TEST_JSON, base) if TEST_JSON else []
+        images = sorted({image for example in training + test for image in example.images})
+    else:
+        print("Waiting while process 0 checks the data.", file=sys.stderr, flush=True)
+    [images] = broadcast_object_list([images])
+    problems = see_images(images, features, base)
+    if IS_MAIN:
+        training = drop_unseen(training, problems)
+        test = drop_unseen(test, problems)
+        if TEST_JSON:
+            refuse_shared_images(training, test)
+        else:
+            training, test = split_by_image(training)
+        save_tables(training, test)
+    PartialState().wait_for_everyone()
+    return load_tables()
+
+
+def print_sample(sample: dict, base: Base) -> None:
+    """Show what is learned of a sample, marked by [[ ]]."""
+    print("A sample, what is learned in [[ ]]:")
+    answers = base.processor.batch_decode(sample["answers"])
+    print(describe_prompt(sample, base) + "".join(f"[[{answer}]]\n" for answer in answers))
+
+
+def describe_prompt(sample: dict, base: Base) -> str:
+    """Return the prompt of a sample as text, the many tokens of an image as one."""
+    text = base.processor.decode(sample["prompt"])
+    return re.sub(r"(<\|image_pad\|>)+", r"<|image_pad|>", text)
+
+
+def describe_size(base: Base) -> str:
+    """Return in words to what size images are brought."""
+    if IMAGE_SIZE:
+        square, _ = model_size(1, 1, base.side)
+        if square != IMAGE_SIZE:
+            print(f"IMAGE_SIZE = {IMAGE_SIZE} is not a multiple of {base.side}: {square} is used.")
+        return f"{square}x{square} pixels"
+    return f"their own size, at most {MAX_PIXELS:,} pixels"
+
+
+def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
+    """Train, judge and save the adapter, from the last checkpoint if there is one."""
+    checkpoint = last_checkpoint()
+    features = KeptFeatures(base)
+    tables = prepare_data(base, features, resuming=bool(checkpoint))
+    questions = Counter(tables["train"]["question"])
+    run["question"] = questions.most_common(1)[0][0]
+    sample = tables["train"][tables["train"]["question"][:].index(run["question"])]
+    run["prompt"] = describe_prompt(sample, base)
+    run["size"] = describe_size(base)
+    if IS_MAIN:
+        with write_atomically(Path(OUTPUT_FOLDER) / "run.json") as file:
+            json.dump(run, file, ensure_ascii=False, indent=2)
+    print_sample(sample, base)
+    model = load_model(base)
+    collator = Collator(base, features, model)
+    if base.dtype == torch.float16 and not USES_FSDP and overflows(model, collator, sample):
+        print("float16 can't hold this model's numbers on this GPU: float32 is used instead.")
+        base = base._replace(dtype=torch.float32)
+        del model, collator
+        model = load_model(base)
+        collator = Collator(base, features, model)
+    trainer = build_trainer(model, collator, tables, run, checkpoint)
+    trainer.add_callback(stopper)
+    announce(tables, trainer)
+    train_and_watch(trainer, checkpoint, stopper)
+
+
+def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: SaveAndStop) -> None:
+    """Train and save, with a SwanLab run around it; advice follows the cause of an error."""
+    if IS_MAIN:
+        start_swanlab(trainer.run)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stopper.training = False
+        step = trainer.state.global_step
+        if step < trainer.state.max_steps:
+            print(f"Stopped at step {step}, which is saved. Run again to resume.")
+            raise SystemExit(128 + stopper.number)
+        save_result(trainer)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"The GPU is out of memory ({str(error).splitlines()[0]}). Set a lower BATCH_SIZE or "
+            "GRADIENT_CHECKPOINTING = True, and run again to resume."
+        ) from None
+    finally:
+        finish_swanlab(sys.exception())
+
+
+def save_result(trainer: CaptionTrainer) -> None:
+    """Write the adapter and, last, results.json, with which the run counts as finished."""
+    folder, unfinished = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "adapter.tmp"
+    if KEEP == "last" or not (folder / "best").is_dir():
+        save_adapter(trainer, unfinished, trainer.results)
+    elif IS_MAIN:
+        shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
+    if not IS_MAIN:
         return
-    tables = prepare_tables(processor, resuming=checkpoint)
-    collator, sample = CaptionCollator(processor, config), tables["train"][0]
-    run["prompt"] = re.sub(r"(<\|image_pad\|>)+", r"\1", processor.decode(sample["prompt"]))
-    write_file(Path(OUTPUT_FOLDER) / "run.json", run)
-    print(f"A sample, [[learned]]:\n{run['prompt']}[[{processor.decode(collator([sample])['shift_labels'])}]]")
-    print(f"{len(tables['train'])} pictures to train on, {len(tables['test'])} held out; results go to {OUTPUT_FOLDER}")
-    model = load_model(device, dtype)
-    trainer = build_trainer(model, collator, tables, guard)
-    with tracking(run["constants"]) if trainer.is_world_process_zero() else contextlib.nullcontext():
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except Exception:  # told here: an open traceback would keep the workers alive, and they this process
-            sys.excepthook(*sys.exc_info())
-            raise SystemExit("See above. No memory: GRADIENT_CHECKPOINTING = True, or half (EVAL_)BATCH_SIZE") from None
-        guard.training, weights = False, trainer.accelerator.get_state_dict(trainer.model_wrapped)  # FSDP: of all
-        PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
-        if trainer.state.global_step < trainer.state.max_steps:
-            print(f"Stopped at step {trainer.state.global_step}, which is saved: run it again to go on.")
-            raise SystemExit(128 + guard.stopped_by)
-        if trainer.is_world_process_zero():
-            model.save_pretrained(unfinished := f"{OUTPUT_FOLDER}/adapter.tmp", state_dict=weights)
-            processor.save_pretrained(unfinished)
-            shutil.copytree(unfinished, OUTPUT_FOLDER, dirs_exist_ok=True, copy_function=os.replace)
-            shutil.rmtree(unfinished)
-            write_file(f"{OUTPUT_FOLDER}/results.json", trainer.results)  # last: with it the run counts as finished
+    # last, for with it the run counts as finished
+    results = unfinished / "results.json"
+    others = shutil.ignore_patterns("results.json")
+    shutil.copytree(unfinished, folder, ignore=others, dirs_exist_ok=True, copy_function=os.replace)
+    os.replace(results, folder / "results.json")
+    shutil.rmtree(unfinished)
+
+
+def use_result(base: Base) -> None:
+    """Do with a finished adapter what CAPTION and SAVE_MERGED ask for."""
+    run = json.loads((Path(OUTPUT_FOLDER) / "run.json").read_text(encoding="utf-8"))
+    if CAPTION:
+        caption_images(base, run)
+    if SAVE_MERGED:
+        save_merged(base)
+
+
+def main() -> None:
+    """Train the adapter, unless it is trained already, and use it."""
+    prepare_console()
+    check_constants()
+    check_optional_packages()
+    check_launcher()
+    quiet_libraries()
+    stopper = SaveAndStop()
+    handle_stop_signals(stopper.stop)
+    transformers.set_seed(SEED)
+    processor, config = load_processor()
+    check_writable(OUTPUT_FOLDER)
+    run = describe_run()
+    refuse_another_run(run)
+    base = Base(processor, config, *choose_hardware(config))
+    if is_finished():
+        print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there.")
+    else:
+        train_adapter(base, run, stopper)
+    use_result(base)
+    PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
+    leave_swanlab(0)
 
 
 if __name__ == "__main__":
