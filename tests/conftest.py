@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import launch
 from support.hub import Hub
+from support.training import MODEL, SIDE, draw_scene
 
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds a script may take in a test
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and limits are POSIX here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than 5 seconds")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, skipped without one")
 
 
 def command(script: str, **constants) -> list[str]:
@@ -134,3 +141,77 @@ def folder(tmp_path: Path) -> Path:
     """The empty folder that a user starts in."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
+
+
+# ---- train.py as a module, and the small model. Tests change its constants by monkeypatch alone.
+# torch and its like take seconds to import, so the fixtures import them: most tests need none.
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    """train.py as a module that trains the small model on images of 112 x 112 pixels."""
+    from accelerate import PartialState
+
+    script = launch.load("train.py", [])
+    script.quiet_libraries()
+    PartialState(cpu=True)
+    script.MODEL_FOLDER, script.IMAGE_SIZE = str(MODEL), SIDE
+    script.CACHE_FOLDER = str(tmp_path_factory.mktemp("features"))
+    return script
+
+
+@pytest.fixture(scope="session")
+def base(train):
+    """The small model's processor and shape, on the CPU in float32, as train.py runs there."""
+    import torch
+
+    return train.Base(*train.load_processor(), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def exact(base):
+    """The same in double precision: what should be equal differs by rounding alone."""
+    import torch
+
+    return base._replace(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def model(train, exact):
+    """The language model with a LoRA adapter that changes what it says, without dropout."""
+    import torch
+
+    model = train.load_model(exact).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        # zero at first, which would hide what the adapter's other half gets
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def whole_model(train, exact, model, tmp_path_factory):
+    """The model as the library loads it, vision tower included, with the adapter of `model`."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    plain = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=exact.dtype)
+    return PeftModel.from_pretrained(plain, folder, is_trainable=True).eval()
+
+
+@pytest.fixture(scope="session")
+def collator(train, exact, model):
+    return train.Collator(exact, train.KeptFeatures(exact), model)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A folder with one.jpg, a red star on blue, and two.jpg, a pink circle on black."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw_scene(folder / "one.jpg", "star", "red", "blue")
+    draw_scene(folder / "two.jpg", "circle", "pink", "black")
+    return folder
