@@ -534,15 +534,18 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def inspect_image(path: str, side: int) -> ImageFile:
     """Read an image file: the hash of its content, and the size that the model will see."""
-    # a folder or a named pipe is no file, and opening a pipe would wait for ever
-    if not os.path.isfile(path):
-        return ImageFile(path, "", 0, 0, problem=describe_missing(Path(path)))
+    # opening a named pipe would wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):
+        problem = f"image is a folder or a device, not a file: {path}"
+        return ImageFile(path, "", 0, 0, problem)
+    if not os.path.exists(path):
+        return ImageFile(path, "", 0, 0, describe_missing(Path(path)))
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             size = model_size(*upright_size(image), side)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return ImageFile(path, "", 0, 0, problem=f"{path} can't be opened: {error}")
+    except Exception as error:  # Pillow raises a dozen kinds of errors on damaged files
+        return ImageFile(path, "", 0, 0, f"{path} can't be opened: {error}")
     return ImageFile(path, hashlib.sha256(content).hexdigest(), *size)
 
 
