@@ -2854,7 +2854,8 @@ def check_optional_packages() -> None:
 def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
     """Check the data, let the tower see all images, split, and write the tables."""
     tables = load_tables() if resuming else None
-    if tables:
+    # a project that was moved has its images elsewhere now, and the report shows them
+    if tables and os.path.isfile(tables["train"][0]["images"][0]["path"]):
         samples = itertools.chain(*tables.values())
         images = itertools.chain.from_iterable(map(images_of, samples))
         problems = see_images(images, features, base)
