@@ -1434,7 +1434,9 @@ def held_out_questions(table: datasets.Dataset) -> list[Question]:
 def ask_instead(sample: dict, text: str, base: Base) -> dict:
     """Return a sample that asks another question about the same images."""
     images = images_of(sample)
-    marked = text if IMAGE_MARKER.search(text) else text + "<|vision_start|><|vision_end|>"
+    marked = text
+    if not IMAGE_MARKER.search(text):
+        marked += "<|vision_start|><|vision_end|>" * len(images)
     [prompt] = encode_prompts(base.processor, (show_images(marked, images, base),))
     return {**sample, "question": text, "prompt": prompt}
 

@@ -186,7 +186,7 @@ def model(train, exact):
     for name, weight in model.named_parameters():
         # zero at first, which would hide what the adapter's other half gets
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02, generator=generator)
+            torch.nn.init.normal_(weight, std=1.0, generator=generator)
     return model
 
 
