@@ -1612,7 +1612,9 @@ class Judge:
         if STYLE_PROMPT:
             ask_short = functools.partial(ask_instead, text=STYLE_PROMPT, base=self.collator.base)
             asked["base_short"] = list(map(ask_short, self.samples))
-        key = hashlib.sha256(json.dumps([asked, MAX_NEW_TOKENS]).encode()).hexdigest()
+        # whatever else says something else
+        key = [asked, MAX_NEW_TOKENS, LOAD_IN_4BIT, self.collator.features.rule]
+        key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.pop("key") == key:
