@@ -2596,8 +2596,8 @@ Made by train.py, and judged on {{ results.captions | length }} held-out images 
 | score | {{ results.scores | join(" | ") }} |
 |---|{{ "---|" * (results.scores | length) }}
 {% for name in score_names %}
-| {{ name }}{% for scores in results.scores.values() %} | {{ scores[name] | round(3) }}\
-{% endfor %} |
+| {{ name }}{% for scores in results.scores.values() %} | \
+{{ "%.3f" | format(scores[name]) if name in scores else "-" }}{% endfor %} |
 {% endfor %}
 
 Ask it as it was trained: with the prompt `{{ prompt }}` and images of
