@@ -1404,6 +1404,7 @@ SCORE_NAMES = {
 # vowels that are written as marks.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
 WORD = regex.compile(rf"(?V1){UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)+")
+FORMULA_SIGN = regex.compile(r"[\p{Sm}\\{}_^]")  # such as + = < and LaTeX's \ { } _ ^
 WORD_OR_SIGN = regex.compile(rf"{WORD.pattern}|[^\s\p{{L}}\p{{N}}\p{{M}}]")
 
 
@@ -1510,10 +1511,18 @@ def find_words(text: str, prose: bool) -> list[str]:
     return pattern.findall(unicodedata.normalize("NFC", text.lower()))
 
 
+def same_letters(text: str) -> str:
+    """Return a text as it comes back from the model: one way to write é, no blanks at its ends."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def are_prose(texts: list[str]) -> bool:
     """Tell whether texts are sentences, rather than labels or formulas."""
-    sentences = [text for text in texts if len(find_words(text, prose=True)) > 2]
-    return len(sentences) > len(texts) / 2
+    sentences = 0
+    for text in texts:
+        words = len(find_words(text, prose=True))
+        sentences += words > 2 and 3 * len(FORMULA_SIGN.findall(text)) < words
+    return sentences > len(texts) / 2
 
 
 class Scores:
@@ -1531,13 +1540,14 @@ class Scores:
         counts = [len(text.split()) for text in itertools.chain.from_iterable(self.words)]
         self.reference_words = sum(counts) / len(counts)
         self.notes = {}
-        # never an exception, and never a silent 0
         if max(counts) == 0:
             for name in ("CIDEr", "BLEU-4", "ROUGE-L"):
                 self.notes[name] = "the references have no words"
-        if len({tuple(sorted(texts)) for texts in self.words}) < 2:
+        # never a silent 0: what do captions get that repeat a reference?
+        perfect, _ = self.score([Caption(texts[0], ended=True) for texts in references])
+        if perfect.get("CIDEr") == 0:
             self.notes["CIDEr"] = "it needs images whose references differ"
-        if self.reference_words < 4:
+        if "BLEU-4" in perfect and (self.reference_words < 4 or perfect["BLEU-4"] < 0.5):
             self.notes["BLEU-4"] = "most references are shorter than four words"
 
     @property
@@ -1566,9 +1576,9 @@ class Scores:
         shares = Counter()
         times = Counter(caption.text for caption in captions)
         for caption, texts in zip(captions, self.references, strict=True):
-            shares["exact match"] += caption.text in texts
+            shares["exact match"] += same_letters(caption.text) in map(same_letters, texts)
             shares["repeated"] += times[caption.text] > 1
-            shares["words per caption"] += len(find_words(caption.text, prose=True))
+            shares["words per caption"] += len(find_words(caption.text, self.prose))
             shares["ended by itself"] += caption.ended
         for name, count in shares.items():
             scores[name] = count / len(captions)
