@@ -449,13 +449,20 @@ def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype
             )
         print(f"Training on the CPU in float32: {problem}.")
         return PartialState(cpu=True, timeout=patience).device, torch.float32
-    device = PartialState(timeout=patience).device
+    try:
+        device = PartialState(timeout=patience).device
+        free = free_memory()
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise SystemExit(
+            f"The GPU can't be used: {str(error).splitlines()[0]}. Close other programs that use "
+            "it (nvidia-smi lists them)."
+        ) from None
     # cuDNN's attention gives NaN gradients on H100 at some lengths (pytorch#196678), and makes a
     # new plan for each of the many shapes here, up to a second each
     torch.backends.cuda.enable_cudnn_sdp(False)
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if bfloat16 else torch.float16
-    print(f"{torch.cuda.get_device_name(device)}, {dtype}, {free_memory() / 2**30:.1f} GiB free.")
+    print(f"{torch.cuda.get_device_name(device)}, {dtype}, {free / 2**30:.1f} GiB free.")
     return device, dtype
 
 
@@ -1078,13 +1085,21 @@ def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) 
         return {}
     check_cache_disk(unseen, features)
     ours = unseen[state.process_index :: state.num_processes]
-    tower = load_tower(base)
     problems = {}
-    with tqdm(desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN) as bar:
-        opened = open_ahead(ours, base)
-        while batch := list(itertools.islice(opened, TOWER_BATCH)):
-            see_batch(batch, tower, features, problems)
-            bar.update(len(batch))
+    try:
+        tower = load_tower(base)
+        with tqdm(
+            desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN
+        ) as bar:
+            opened = open_ahead(ours, base)
+            while batch := list(itertools.islice(opened, TOWER_BATCH)):
+                see_batch(batch, tower, features, problems)
+                bar.update(len(batch))
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"The GPU can't take the vision tower: {str(error).splitlines()[0]} Close other "
+            "programs that use it (nvidia-smi lists them), or lower TOWER_BATCH."
+        ) from None
     for others in gather_object([problems]):
         problems.update(others)
     return problems
