@@ -2948,6 +2948,7 @@ def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
     sample = tables["train"][tables["train"]["question"][:].index(run["question"])]
     run["prompt"] = describe_prompt(sample, base)
     run["size"] = describe_size(base)
+    run["dtype"] = str(base.dtype)
     if IS_MAIN:
         with write_atomically(Path(OUTPUT_FOLDER) / "run.json") as file:
             json.dump(run, file, ensure_ascii=False, indent=2)
@@ -2956,10 +2957,10 @@ def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
     collator = Collator(base, features, model)
     if base.dtype == torch.float16 and not USES_FSDP and overflows(model, collator, sample):
         print("float16 can't hold this model's numbers on this GPU: float32 is used instead.")
-        base = base._replace(dtype=torch.float32)
         del model, collator
-        model = load_model(base)
-        collator = Collator(base, features, model)
+        # from the beginning: the vision tower's numbers may be too large as well
+        train_adapter(base._replace(dtype=torch.float32), run, stopper)
+        return
     trainer = build_trainer(model, collator, tables, run, checkpoint)
     trainer.add_callback(stopper)
     announce(tables, trainer)
@@ -3007,6 +3008,9 @@ def save_result(trainer: CaptionTrainer) -> None:
 def use_result(base: Base) -> None:
     """Do with a finished adapter what CAPTION and SAVE_MERGED ask for."""
     run = json.loads((Path(OUTPUT_FOLDER) / "run.json").read_text(encoding="utf-8"))
+    # float16 could not hold this model's numbers
+    if base.dtype == torch.float16 and run.get("dtype") == "torch.float32":
+        base = base._replace(dtype=torch.float32)
     if CAPTION:
         caption_images(base, run)
     if SAVE_MERGED:

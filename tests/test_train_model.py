@@ -25,6 +25,7 @@ from support.training import (
     record,
     save_noise,
     take_gradients,
+    write_records,
 )
 from transformers import AutoModelForImageTextToText
 
@@ -850,3 +851,40 @@ def test_numbers_that_float16_cannot_hold_are_found(train, model, collator, few,
         if hook:
             hook.remove()
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_float32_takes_the_place_of_float16_from_the_beginning(
+    train, base, image_folder, tmp_path, monkeypatch, capsys
+):
+    """Where float16 overflows, features, model and later captions are made in float32.
+
+    Otherwise the numbers that overflowed in the tower would be learned from.
+    """
+    path = write_records(image_folder / "data.json", about("one.jpg", "x"), about("two.jpg", "y"))
+    folder = tmp_path / "output"
+    folder.mkdir()
+    for name, value in (("DATA_JSON", str(path)), ("OUTPUT_FOLDER", str(folder))):
+        monkeypatch.setattr(train, name, value)
+    made, used = [], []
+    monkeypatch.setattr(train, "overflows", lambda model, collator, sample: True)
+    monkeypatch.setattr(train, "announce", lambda tables, trainer: None)
+    monkeypatch.setattr(train, "train_and_watch", lambda *_: None)
+
+    def build_trainer(model, collator, tables, run, checkpoint):
+        made.append((model, collator, run))
+        return SimpleNamespace(add_callback=lambda callback: None)
+
+    monkeypatch.setattr(train, "build_trainer", build_trainer)
+    half = base._replace(dtype=torch.float16)
+    train.train_adapter(half, train.describe_run(), stopper=None)
+    [(model, collator, run)] = made
+    assert "float16 can't hold this model's numbers" in capsys.readouterr().out
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert collator.base.dtype == collator.features.dtype == torch.float32
+    for example in train.read_examples(str(path), base):
+        assert all(map(collator.features.holds, example.images))
+    monkeypatch.setattr(train, "CAPTION", "one.jpg")
+    monkeypatch.setattr(train, "caption_images", lambda base, run: used.append(base.dtype))
+    train.use_result(half)
+    train.use_result(half._replace(dtype=torch.bfloat16))
+    assert used == [torch.float32, torch.bfloat16]
