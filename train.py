@@ -2001,8 +2001,8 @@ class HeaviestPass(transformers.TrainerCallback):
     def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Choose, and print what the training will need."""
         on_gpu = args.device.type == "cuda"
-        # a CPU has no such limit, and no number as exact
-        free = free_memory() if on_gpu else math.inf
+        # a CPU has no such limit, and no number as exact; of several GPUs the fullest counts
+        free = min(gather_object([free_memory()])) if on_gpu else math.inf
         size = min(self.collator.batch_size, args.per_device_train_batch_size)
         checkpointing = GRADIENT_CHECKPOINTING is True
         if on_gpu and "auto" in (BATCH_SIZE, GRADIENT_CHECKPOINTING):
