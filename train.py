@@ -2021,15 +2021,16 @@ class HeaviestPass(transformers.TrainerCallback):
 
     def choose(self, limit: float, share: int) -> tuple[int, bool]:
         """Return batch size and checkpointing: the largest that fits, if need be recomputed."""
-        sizes = [BATCH_SIZE]
-        if BATCH_SIZE == "auto":
+        if BATCH_SIZE != "auto":
+            sizes = [min(BATCH_SIZE, share)]
+        else:
             sizes = [2**power for power in range(share.bit_length()) if 2**power <= share]
         tries = [False, True] if GRADIENT_CHECKPOINTING == "auto" else [GRADIENT_CHECKPOINTING]
         for checkpointing in tries:
             self.set_checkpointing(checkpointing)
             best = self.largest_that_fits(sizes, limit)
-            # a single image per pass keeps no GPU busy: recompute instead
-            if best > 1 or (best and checkpointing == tries[-1]):
+            # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
+            if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
                 return best, checkpointing
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
