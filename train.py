@@ -2299,6 +2299,8 @@ class CaptionTrainer(transformers.Trainer):
         PartialState().wait_for_everyone()
         if IS_MAIN:
             newest = Path(OUTPUT_FOLDER) / f"checkpoint-{self.state.global_step}"
+            for path in newest.glob("*.safetensors"):
+                share_with_others(path)
             flush_to_disk(newest)
             older = [checkpoint for checkpoint in find_checkpoints() if checkpoint != newest]
             for checkpoint in older[: max(0, len(older) + 1 - KEEP_CHECKPOINTS)]:
@@ -2320,6 +2322,11 @@ def trained_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
+def share_with_others(path: Path) -> None:
+    """Let those read a file who can read its neighbour: safetensors' are for their owner alone."""
+    shutil.copymode(path.with_name("adapter_config.json"), path)
+
+
 def flush_to_disk(folder: Path) -> None:
     """Wait until all files of a folder have reached the disk: a power cut may come."""
     for path in folder.rglob("*"):
@@ -2338,8 +2345,7 @@ def save_adapter(trainer: CaptionTrainer, folder: Path, results: dict) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(folder, state_dict=weights)
     trainer.data_collator.base.processor.save_pretrained(folder)
-    # safetensors writes files that only their owner can read
-    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    share_with_others(folder / "adapter_model.safetensors")
     write_model_card(folder, results, trainer.run)
     with write_atomically(folder / "results.json") as file:
         json.dump(results, file, ensure_ascii=False, indent=2)
