@@ -1036,33 +1036,42 @@ def test_stopped_while_the_threads_decode(folder, sent):
 
 # ---- Both scripts agree: csv2json.py beside train.py
 
-SIDE = 56  # pixels to which train.py scales
-
-
-@pytest.fixture(scope="module")
-def training():
-    """train.py as a module and its collator, with the small model's processor."""
-    model = json.dumps(str(TESTS / "support/tiny_qwen2vl"))
-    train = launch.load("train.py", [f"MODEL_FOLDER={model}", f"IMAGE_SIZE={SIDE}"])
-    return train, train.CaptionCollator(*train.load_processor())
+SIDE = 56  # pixels to which train.py scales here
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted_images_are_opened_by_the_training(converted, training, monkeypatch, name):
+def test_accepted_images_are_opened_by_the_training(converted, train, base, name):
     """What csv2json.py accepts, train.py opens upright: light on the left, dark on the right."""
-    (_, folder), (train, collator) = converted, training
-    monkeypatch.setattr(train, "DATA_JSON", str(folder / JSON))
+    _, folder = converted
     records = json.loads((folder / JSON).read_text(encoding="utf-8"))
     record = dict(zip(paths(records), records, strict=True))[name]
-    parsed = train.parse_record(record, collator.processor)
-    [(path, *size)] = parsed["pictures"]
-    opened = collator.open_picture(path, size)
+    [turn] = train.read_turns(record)
+    [marked] = train.IMAGE_MARKER.findall(turn.question)
+    path = train.locate_image(marked, folder)
+    if "2 GB" not in name:  # which it would read as a whole
+        assert train.inspect_image(path, base.side).problem == ""
+    opened = train.open_image(path, SIDE, SIDE)
     assert opened.mode == "RGB" and opened.size == (SIDE, SIDE)
     light, dark = (sum(opened.getpixel((x, SIDE // 4))) for x in (SIDE // 8, SIDE * 7 // 8))
     assert light > dark + 30, (light, dark)
     if name.startswith(("plain", "sideways", "a png", "two", "moving")):
         red, green, blue = opened.getpixel((SIDE // 8, SIDE * 3 // 4))
         assert abs(red - 230) + abs(green - 90) + abs(blue - 60) < 60, (red, green, blue)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if "2 GB" not in name])
+def test_refused_images_end_no_training(converted, train, base, name):
+    """What csv2json.py refuses, train.py refuses by a reason, or, where only small, sees whole.
+
+    Otherwise a JSON from elsewhere would end a training with a traceback.
+    """
+    _, folder = converted
+    image = train.inspect_image(str(folder / name), base.side)
+    if not image.problem:
+        with contextlib.suppress(ValueError):
+            pixels, grid = train.prepare_pixels(image, base)
+            assert len(pixels) == grid.prod()
+            assert REFUSED[name][1].startswith(("shorter than", "more than MAX_RATIO"))
 
 
 NAMES = {
@@ -1077,9 +1086,8 @@ NAMES = {
 
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path, name, linked):
+def test_both_scripts_find_the_same_file(folder, train, base, tmp_path, name, linked):
     """A path leads to the same file from the CSV and from the JSON, links between included."""
-    train, collator = training
     save_image(folder / "mine/a.jpg", (60, 60))
     save_image(folder / "mine/sub/b.jpg", (61, 60))
     save_image(folder / "outside.jpg", (62, 60))
@@ -1095,8 +1103,6 @@ def test_both_scripts_find_the_same_file(folder, training, monkeypatch, tmp_path
     home = folder.as_posix() if os.name != "nt" else f"/{folder.as_posix()}"
     path = written.format(folder=home if name == "an address" else folder)
     write_table(folder / "mine/table.csv", [(path, "a dog")])
-    [record] = convert(folder, CSV_PATH="mine/table.csv", DATA_JSON="out/data.json")
-    monkeypatch.setattr(train, "DATA_JSON", str(folder / "out/data.json"))
-    monkeypatch.setattr(train, "IMAGE_FOLDERS", [str(folder), str(tmp_path)], raising=False)
-    [(found, *_)] = train.parse_record(record, collator.processor)["pictures"]
-    assert os.path.samefile(found, folder / expected)
+    assert len(convert(folder, CSV_PATH="mine/table.csv", DATA_JSON="out/data.json")) == 1
+    [example] = train.read_examples(str(folder / "out/data.json"), base)
+    assert os.path.samefile(example.images[0].path, folder / expected)

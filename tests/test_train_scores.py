@@ -4,12 +4,12 @@ import html
 import json
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
+from support.page import Page
 from support.training import MARKER, about, draw_scene, make_samples, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # double precision has none
@@ -420,30 +420,6 @@ STATE = {
     ],
 }
 RUN = {"constants": {"EPOCHS": 2, "OUTPUT_FOLDER": HARM}, "versions": {"torch": "2.14.1"}}
-
-
-class Page(HTMLParser):
-    """A page as a browser takes it: its elements, and the text of each cell of its tables."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements, self.cells, self.in_cell = [], [], False
-        self.feed(text)
-        self.cells = [cell.strip() for cell in self.cells]
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.in_cell = False
-
-    def handle_data(self, data):
-        if self.in_cell:
-            self.cells[-1] += data
 
 
 @pytest.fixture
