@@ -1420,7 +1420,7 @@ SCORE_NAMES = {
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}--\p{M}]\p{M}*"
 WORD = regex.compile(rf"(?V1){UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)+")
 FORMULA_SIGN = regex.compile(r"[\p{Sm}\\{}_^]")  # such as + = < and LaTeX's \ { } _ ^
-WORD_OR_SIGN = regex.compile(rf"{WORD.pattern}|[^\s\p{{L}}\p{{N}}\p{{M}}]")
+WORD_OR_SIGN = regex.compile(rf"{WORD.pattern}|[^\s\p{{L}}\p{{N}}\p{{M}}\p{{Cc}}\p{{Cf}}]")
 
 
 class Caption(NamedTuple):
