@@ -15,6 +15,8 @@ from support.hub import Hub
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds a script may take in a test
 
+posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and limits are POSIX here")
+
 
 def command(script: str, **constants) -> list[str]:
     """The command line that runs `script` with these constants."""
