@@ -411,6 +411,23 @@ def test_stopped(many, folder, path, sent):
 
 
 @posix
+@pytest.mark.xfail(reason="the shared stop() writes to a terminal that is gone: an OSError")
+def test_closed_terminal(many, folder):
+    """Closing the terminal ends it at once, although its last sentence can't be written there."""
+    many.faults = {FIRST_HOST: late(10)}
+    line = command("data2csv.py")
+    child, terminal = os.forkpty()
+    if child == 0:
+        os.chdir(folder)
+        os.execve(line[0], line, variables(many.environment()))
+    while not image_requests(many):
+        time.sleep(0.02)
+    os.close(terminal)
+    _, ended = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended) == 128 + signal.SIGHUP
+
+
+@posix
 def test_closed_terminal_under_nohup(many, folder):
     """nohup ignores SIGHUP before the script starts: it is left ignored, and the run ends well."""
     many.faults = {FIRST_HOST: late(0.1)}
@@ -666,6 +683,15 @@ def test_image_of_too_many_pixels(script, tmp_path):
     assert script.read_image(tmp_path / "legal.png")
     with pytest.raises(script.BadFile, match="MAX_FILE_PIXELS"):
         script.read_image(tmp_path / "large.png")
+
+
+def test_image_of_too_many_bytes(script, tmp_path):
+    """It is refused before it is read. Otherwise Pillow keeps its metadata: half a gigabyte."""
+    Image.effect_noise((64, 48), 40).save(tmp_path / "noise.png")
+    assert script.read_image(tmp_path / "noise.png")
+    script.MAX_IMAGE_BYTES = 100
+    with pytest.raises(script.BadFile, match="MAX_IMAGE_BYTES"):
+        script.read_image(tmp_path / "noise.png")
 
 
 def test_archive_whose_member_leads_out_of_the_folder(many, folder, tmp_path):
