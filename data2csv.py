@@ -43,9 +43,9 @@ from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-# The lambdas let a rule name a function that stands further down
+# The rules of the constants; the lambdas, because the functions stand below them
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
-Formats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]")]
 ImageUrl = Annotated[str, Field(pattern=r"^https?://[^{}]+\{image_id(:0\d+d)?\}[^{}]*$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -59,11 +59,12 @@ Few = Annotated[int, Field(ge=1, le=200)]
 MAX_DATA_NUMBER: PositiveInt | None = 500  # the table's first images; None: all 82,783 (13.5 GB)
 CAPTIONS_PER_IMAGE: PositiveInt = 5  # at most; COCO has five captions per image, seldom more
 # Pillow's names of the formats that an image may have; COCO's are all JPEG
-IMAGE_FORMATS: Formats = ["JPEG", "PNG", "WEBP"]
+IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP"]
 IMAGE_BYTES: PositiveInt = 163_000  # size of an average image, for the estimate
 MAX_FILE_BYTES: PositiveInt = 500_000_000  # longer downloads are given up; COCO's table: 240 MB
 MAX_IMAGE_BYTES: PositiveInt = 50_000_000  # images with more are refused
-MAX_FILE_PIXELS: PositiveInt = 89_478_485  # width x height; images with more are refused
+# As in csv2json.py: against small files that unpack to gigabytes
+MAX_FILE_PIXELS: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485  # width x height
 
 # Output
 IMAGE_FOLDER: PathText = "coco_2014_caption"
@@ -165,7 +166,7 @@ def prepare_console() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # pythonw.exe has no console
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="replace")
 
@@ -181,7 +182,8 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Non
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """End the script at once, without waiting for its threads."""
-    os.write(2, b"\nStopped. Everything finished so far is kept. Run again to resume.\n")
+    with contextlib.suppress(OSError):  # pythonw.exe has nothing to write to
+        os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
     os._exit(128 + number)
 
 
@@ -191,8 +193,9 @@ def check_writable(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise SystemExit(
-            f"Can't write to {Path(folder).absolute()} ({error.strerror}). "
+            f"Can't write to {Path(folder).absolute()} ({reason}). "
             f"Choose another folder at the top of {Path(__file__).name}."
         ) from None
 
@@ -219,7 +222,7 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 def check_formats(names: list[str]) -> list[str]:
     """Refuse formats that Pillow can't read, and the one that isn't safe."""
-    Image.init()  # else Pillow knows only the commonest formats
+    Image.init()  # else Pillow knows only the five commonest formats
     # EPS is a program, which Pillow starts Ghostscript to run
     if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
         raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
@@ -573,7 +576,7 @@ def fetch_images(downloader: Downloader, table: dict[int, Entry], wanted: int) -
             downloader.stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    print(f"{len(fetched):,} images are there, {skipped:,} were skipped.")
+    print(f"{len(fetched):,} images are there, {skipped:,} skipped.")
     return [image_id for image_id in table if image_id in fetched]
 
 
@@ -689,8 +692,8 @@ def wrap_caption(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
 def main() -> None:
     """Go from the table to its images, the CSV and the preview."""
     prepare_console()
-    check_constants()
     handle_stop_signals(stop)
+    check_constants()
     check_csv_path()
     for folder in (IMAGE_FOLDER, CACHE_FOLDER, Path(CSV_PATH).parent):
         check_writable(folder)

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from conftest import (
     write_pictures,
 )
 from PIL import Image
-from support import launch
+from support import launch, socks_proxy
 from support.hub import (
     ANNOTATIONS,
     OLD_TABLE,
@@ -292,54 +291,14 @@ def test_proxy_that_is_not_needed(many, folder):
     assert files(folder) == many.undisturbed
 
 
-def test_socks_proxy(many, folder):
+@pytest.mark.parametrize("kind", ["socks5", "socks5h"])
+def test_socks_proxy(many, folder, kind):
     """All goes through a SOCKS proxy, for which PySocks must be installed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        relayed = []
-        threading.Thread(target=serve_socks, args=[server, relayed], daemon=True).start()
-        proxy = f"socks5h://127.0.0.1:{server.getsockname()[1]}"
-        run = data2csv(many, folder, env={"all_proxy": proxy})
+    with socks_proxy.Proxy() as proxy:
+        run = data2csv(many, folder, env={"all_proxy": f"{kind}://me:secret@{proxy.address}"})
     assert run.returncode == 0 and files(folder) == many.undisturbed, run.stderr
-    assert relayed and {port for _, port in relayed} == {int(many.url.rpartition(":")[2])}
-
-
-def serve_socks(server: socket.socket, relayed: list) -> None:
-    """Be a SOCKS5 proxy that asks for no password, and note where it is sent to."""
-    while True:
-        try:
-            client, _ = server.accept()
-        except OSError:
-            return  # closed
-        threading.Thread(target=relay, args=[client, relayed], daemon=True).start()
-
-
-def relay(client: socket.socket, relayed: list) -> None:
-    """Serve one client, RFC 1928: greeting, then the address, an IPv4 one or a name."""
-    greeting = client.recv(2)
-    if len(greeting) < 2:
-        return  # somebody who only looked whether the proxy is there
-    client.recv(greeting[1])
-    client.sendall(b"\x05\x00")
-    kind = client.recv(4)[3]
-    if kind == 1:
-        host = socket.inet_ntoa(client.recv(4))
-    else:
-        host = client.recv(client.recv(1)[0]).decode()
-    port = int.from_bytes(client.recv(2), "big")
-    relayed.append((host, port))
-    target = socket.create_connection((host, port))
-    client.sendall(b"\x05\x00\x00\x01" + bytes(6))
-    threading.Thread(target=pump, args=[client, target], daemon=True).start()
-    pump(target, client)
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while piece := source.recv(1 << 16):
-            target.sendall(piece)
-        target.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # one side has gone
+    ports = {port for _, port in proxy.targets}
+    assert ports == {int(many.url.rpartition(":")[2])}
 
 
 # Kills
@@ -411,7 +370,6 @@ def test_stopped(many, folder, path, sent):
 
 
 @posix
-@pytest.mark.xfail(reason="the shared stop() writes to a terminal that is gone: an OSError")
 def test_closed_terminal(many, folder):
     """Closing the terminal ends it at once, although its last sentence can't be written there."""
     many.faults = {FIRST_HOST: late(10)}
