@@ -12,6 +12,10 @@ SCRIPTS = ["data2csv.py", "csv2json.py", "load_model.py", "train.py"]
 DIFFERENT = {
     "main": "each script tells its own story",
     "WORD": "csv2json.py counts words for its summary, train.py splits them as COCO's scores do",
+    "IMAGE_FORMATS": "data2csv.py takes what COCO's hosts serve, the others what users have",
+    "CACHE_FOLDER": "each script keeps its own things, which can be deleted apart",
+    "Pixels": "a rule for the preview's sides in data2csv.py, for an image's area in train.py",
+    "read_rows": "of the hub's table in data2csv.py, of the user's in csv2json.py",
 }
 IN_ALL = {"check_path", "check_constants", "prepare_console", "handle_stop_signals"}
 
