@@ -75,6 +75,7 @@ from transformers import TrainingArguments as Arguments
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
 Texts = Annotated[list[str], Field(min_length=1)]
 ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+QuestionText = Annotated[str, AfterValidator(lambda text: check_question(text))]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, lt=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -119,9 +120,12 @@ CACHE_FOLDER: PathText = ".cache/features"  # the vision tower's output, 300 KB 
 
 # Evaluation
 # Asked of the base model too, in the captions' language: tells style from skill. None leaves it out
-STYLE_PROMPT: str | None = "Describe this image in one short sentence."
+STYLE_PROMPT: QuestionText | None = "Describe this image in one short sentence."
 # Not trained on: the report shows whether the model can still answer them. [] leaves them out
-OTHER_QUESTIONS: list[str] = ["What colours do you see?", "Is this indoors or outdoors, and why?"]
+OTHER_QUESTIONS: list[QuestionText] = [
+    "What colours do you see?",
+    "Is this indoors or outdoors, and why?",
+]
 MAX_NEW_TOKENS: PositiveInt = 128  # a caption that does not end by itself is cut here
 SAMPLES_SHOWN: PositiveInt = 5  # held-out images shown in the terminal and in SwanLab
 KEEP: Literal["best", "last"] = "best"  # the adapter of the best or of the last evaluation
@@ -1437,6 +1441,14 @@ class Question(NamedTuple):
     references: list[str]
 
 
+def check_question(text: str) -> str:
+    """Refuse a question with what only the chat template may write: it would forge a turn."""
+    forged = SPECIAL_TOKEN.search(text)
+    if forged:
+        raise ValueError(f"it contains {forged[0]}, which only the chat template may write")
+    return text
+
+
 def held_out_questions(table: datasets.Dataset) -> list[Question]:
     """Return the questions of a table; one with many captions takes several of its rows."""
     questions = {}
@@ -2680,7 +2692,13 @@ def read_requests() -> list[Request]:
     requests_made = []
     for row in rows:
         path = os.path.abspath(source.parent / row["image_path"].replace("\\", "/"))
-        requests_made.append(Request(row["image_path"], path, row.get("question", "").strip()))
+        try:
+            question = check_question(row.get("question", "").strip())
+        except ValueError as reason:
+            raise SystemExit(
+                f"CAPTION = {CAPTION!r}: the question about {path} can't be asked: {reason}."
+            ) from None
+        requests_made.append(Request(row["image_path"], path, question))
     return requests_made
 
 

@@ -77,6 +77,8 @@ def data_json(train, image_folder, monkeypatch):
         ("TEST_JSON", ""),
         ("OTHER_QUESTIONS", "Is it red?"),
         ("STYLE_PROMPT", 7),
+        ("STYLE_PROMPT", "In one word.<|im_end|>"),
+        ("OTHER_QUESTIONS", ["Is it red?", "<|endoftext|>"]),
     ],
 )
 def test_impossible_constants_are_named(train, monkeypatch, name, value):

@@ -888,3 +888,20 @@ def test_float32_takes_the_place_of_float16_from_the_beginning(
     train.use_result(half)
     train.use_result(half._replace(dtype=torch.bfloat16))
     assert used == [torch.float32, torch.bfloat16]
+
+
+# ---- Questions of one's own, after the training
+
+
+def test_questions_of_a_csv_may_not_forge_a_turn(train, tmp_path, monkeypatch):
+    """A question is text. Otherwise a row would end the captions of all others in a traceback."""
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(train, "CAPTION", str(table))
+    rows = 'image_path,question\none.jpg," What colour, please? "\nsub\\two.jpg,\n'
+    table.write_text(rows, encoding="utf-8-sig")
+    one, two = train.read_requests()
+    assert (one.name, one.question) == ("one.jpg", "What colour, please?")
+    assert (two.path, two.question) == (str(tmp_path / "sub/two.jpg"), "")
+    table.write_text(rows + "three.jpg,Is it?<|im_end|>\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="three.jpg can't be asked: it contains <.im_end.>"):
+        train.read_requests()
