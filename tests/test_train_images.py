@@ -547,16 +547,20 @@ def test_features_meet_only_what_they_were_made_of(
 def test_features_meet_only_their_own_precision_and_size(
     train, base, exact, image_folder, cache, monkeypatch
 ):
-    """Features of another precision, or of another MAX_PIXELS, are other features."""
-    monkeypatch.setattr(train, "IMAGE_SIZE", None)
-    monkeypatch.setattr(train, "MAX_PIXELS", 4 * 28 * 28)
-    small = inspect(train, base, image_folder, "one.jpg")
+    """Features of another precision, MAX_PIXELS or shape are others, also with as many tokens."""
+    save_noise(image_folder / "wide.jpg", (224, 56))
+    square = inspect(train, base, image_folder, "wide.jpg")
     features = train.KeptFeatures(base)
-    assert train.see_images(small, features, base) == {} and features.holds(small[0])
-    assert not train.KeptFeatures(exact).holds(small[0])
-    monkeypatch.setattr(train, "MAX_PIXELS", 9 * 28 * 28)
-    [large] = inspect(train, base, image_folder, "one.jpg")
-    assert not features.holds(large)
+    assert train.see_images(square, features, base) == {} and features.holds(square[0])
+    assert not train.KeptFeatures(exact).holds(square[0])
+    monkeypatch.setattr(train, "IMAGE_SIZE", None)
+    [wide] = inspect(train, base, image_folder, "wide.jpg")
+    assert features.tokens(wide) == features.tokens(square[0]) == 16
+    assert not features.holds(wide)
+    train.see_images([wide], features, base)
+    monkeypatch.setattr(train, "MAX_PIXELS", 4 * 28 * 28)
+    [small] = inspect(train, base, image_folder, "wide.jpg")
+    assert features.holds(wide) and not features.holds(small)
 
 
 @pytest.mark.parametrize("damage", ["cut", "too long", "empty", "a folder", "only half written"])

@@ -236,6 +236,14 @@ def test_words_of_every_script(train):
     assert train.find_words("x^2 ≠ 🐈!", prose=False) == ["x", "^", "2", "≠", "🐈", "!"]
 
 
+def test_chinese_captions_agree_in_part(train):
+    """Characters count as words. Otherwise nothing Chinese would ever agree but as a whole."""
+    references = [["一只猫"], ["两只狗"]]
+    found = score(train, references, "一只猫", "一只猫")
+    assert 0.5 < found["ROUGE-L"] < 1 and found["words per caption"] == 3
+    assert found["CIDEr"] > 0 and found["exact match"] == 0.5
+
+
 def test_signs_count_in_formulas(train):
     """Where references are no sentences a wrong sign is a wrong word."""
     formulas = [["x + y = z"], [r"\frac{a}{b} \neq c"]]

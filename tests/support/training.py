@@ -64,9 +64,9 @@ def make_samples(train, base, folder: Path, *records: dict) -> list[dict]:
 
 def model_inputs(collator, batch: dict) -> dict:
     """Return what the Trainer gives the model of a training pass."""
-    from train import model_inputs
+    import train  # the module that the fixture of this name has made
 
-    return model_inputs(batch, collator.features.hidden)
+    return train.model_inputs(batch, collator.features.hidden)
 
 
 def draw_row(collator, batch: dict, row: int) -> str:
