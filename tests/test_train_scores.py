@@ -138,6 +138,7 @@ def test_captions_that_repeat_each_other_are_counted(train):
     """A model that says the same about every image is found out."""
     references = [["a red star"], ["a blue circle"], ["a green star"], ["a pink square"]]
     assert score(train, references, "a star", "a star", "a square", "a star")["repeated"] == 0.75
+    assert score(train, references, "a", "b", "a", "d")["repeated"] == 0.5
     assert score(train, references, "a", "b", "c", "d")["repeated"] == 0
 
 
