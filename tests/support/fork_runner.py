@@ -124,7 +124,14 @@ def serve(script: str) -> None:
         elif pid := os.fork():
             print(pid, flush=True)
         else:
-            os._exit(run(script, job))
+            # Never back into this loop, not even by an error of this file
+            shown = os.dup(2)
+            try:
+                os._exit(run(script, job))
+            except BaseException:
+                os.write(shown, traceback.format_exc().encode())
+            finally:
+                os._exit(99)
 
 
 def run(script: str, job: dict) -> int:
@@ -137,8 +144,10 @@ def run(script: str, job: dict) -> int:
             os.environ[name] = value
     for number, path in ((1, job["out"]), (2, job["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    # As the interpreter starts: this process inherited whatever handlers the server has
+    # As at a user's; these tests may themselves run under nohup, which ignores SIGHUP
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name in job["ignore"]:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     for name in [name for name in sys.modules if name.partition(".")[0] in REREAD]:
