@@ -9,7 +9,7 @@ Stop it whenever you like: the next run resumes. The dense models of Qwen2-VL, Q
 Qwen3-VL work: set MODEL_ID here, and MODEL_FOLDER in train.py.
 """
 
-# ruff: noqa: SIM115
+# ruff: noqa: SIM115 (what prepare_console opens stays open)
 
 import contextlib
 import errno
@@ -58,7 +58,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
-ModelId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]  # owner/name
+ModelId = Annotated[str, AfterValidator(lambda name: check_model_id(name))]
 ImageSide = Annotated[int, Field(ge=56, le=3584, multiple_of=28)]  # a token is 28 x 28 pixels
 
 # --------------------------------------------------------------------------------------------------
@@ -177,6 +177,13 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 # ---- The hubs
 
 
+def check_model_id(name: str) -> str:
+    """Refuse text that can't be a model's name on a hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError('it should be owner/name, such as "Qwen/Qwen2-VL-7B-Instruct"')
+    return name
+
+
 class RemoteFile(NamedTuple):
     """A file of the model as a hub lists it, with the one hash that the hub knows, or none."""
 
@@ -220,7 +227,10 @@ class ModelScope:
 
 
 class HuggingFace:
-    """What is asked of Hugging Face, whose client neither resumes after a kill nor verifies."""
+    """What is asked of Hugging Face.
+
+    hf_hub_download of its client drops what a killed run had downloaded, and verifies no hash.
+    """
 
     title = "Hugging Face"
     branch = "main"
@@ -271,10 +281,11 @@ class HuggingFace:
                 try:
                     self.receive(file, unfinished)
                     os.replace(unfinished, target)
+                    return
                 except (OSError, httpx2.ReadError) as error:
                     failures = 0 if file_size(unfinished) > before else failures + 1
                     status = http_status(error)
-                    # A disk that is full, or a file that isn't there, is so the next time, too
+                    # A full disk, or a file that isn't there, will be so the next time
                     if failures == 4 or getattr(error, "errno", None) or (status and status < 500):
                         raise
                     tqdm.write(f"{file.path} ({brief(error)}), retrying", file=sys.stderr)
@@ -306,7 +317,7 @@ Hub = ModelScope | HuggingFace
 # ---- Words for errors
 
 
-def brief(error: BaseException) -> str:
+def brief(error: Exception | str) -> str:
     """Return an error's text in one line, without the password that an address may hold."""
     return shorten(re.sub(r"://[^/\s@]+@", "://", str(error) or repr(error)), 300)
 
@@ -352,8 +363,8 @@ def explain(hub: Hub, error: Exception, proxy: str) -> str:
         )
     way = f" through the proxy in {proxy}" if proxy else ""
     return (
-        f"{hub.title} can't be reached{way}: {brief(error)}. Check the network and run again to "
-        f"resume, or set HUB = {other_hub()}."
+        f"{hub.title} ({brief(hub.url)}) can't be reached{way}: {brief(error)}. Check the network "
+        f"and run again to resume, or set HUB = {other_hub()}."
     )
 
 
@@ -374,8 +385,10 @@ def is_whole(path: Path, file: RemoteFile, bar: tqdm | None = None) -> bool:
     """Return whether path holds the listed file, by its size and by the hash that the hub gave."""
     if not path.is_file() or file_size(path) != file.size:
         return False
-    digest, expected = hashlib.sha256(), file.sha256
-    if not file.sha256 and file.git_sha1:  # git hashes a header, too
+    digest = hashlib.sha256()
+    expected = file.sha256
+    if not file.sha256 and file.git_sha1:
+        # git hashes a header and the content
         digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
         expected = file.git_sha1
     with open(path, "rb") as opened:
@@ -390,8 +403,9 @@ def find_damage(files: list[RemoteFile]) -> list[RemoteFile]:
     """Return the files that MODEL_FOLDER lacks, or holds with another size or hash."""
     damaged = []
     total = sum(file_size(Path(MODEL_FOLDER, file.path)) for file in files)
-    bar = tqdm(total=total, desc=f"verifying {MODEL_FOLDER}", unit="B", unit_scale=True)
-    with bar:
+    if total == 0:
+        return files  # nothing is there yet
+    with tqdm(total=total, desc=f"verifying {MODEL_FOLDER}", unit="B", unit_scale=True) as bar:
         for file in files:
             if not is_whole(Path(MODEL_FOLDER, file.path), file, bar):
                 damaged.append(file)
@@ -436,37 +450,12 @@ def write_record(hub: Hub, files: list[RemoteFile]) -> None:
 # ---- Download
 
 
-def ensure_model() -> None:
-    """Leave a whole model in MODEL_FOLDER, without a request if it is there already."""
-    recorded = read_record()
-    damaged = find_damage(recorded) if recorded else []
-    if recorded and not damaged:
-        print(f"{MODEL_FOLDER} is complete, and no network is used.", flush=True)
-        return
-    if damaged:
-        names = ", ".join(file.path for file in damaged)
-        print(f"Missing or altered, and downloaded again: {names}", flush=True)
-    hub = ModelScope() if HUB == "modelscope" else HuggingFace()
-    proxy = ""
-    try:
-        proxy = check_proxy(hub.url)
-        wanted = list_wanted(hub)
-    except hub.errors as error:
-        problem = explain(hub, error, proxy)
-        if damaged or not is_filled_by_hand():
-            raise SystemExit(problem) from None
-        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}", flush=True)
-        return
-    download(hub, wanted)
-
-
 def is_filled_by_hand() -> bool:
     """Return whether the folder looks like a model that somebody copied there."""
     folder = Path(MODEL_FOLDER)
-    weights = list(folder.glob("*.safetensors"))
-    return bool(file_size(folder / "config.json") and weights) and not list(
-        folder.rglob("*.incomplete")
-    )
+    if any(folder.rglob("*.incomplete")):
+        return False  # a download that was stopped
+    return file_size(folder / "config.json") > 0 and any(folder.glob("*.safetensors"))
 
 
 def list_wanted(hub: Hub) -> list[RemoteFile]:
@@ -481,21 +470,17 @@ def list_wanted(hub: Hub) -> list[RemoteFile]:
             if path.name == RECORD_FILE or not any(fnmatch(file.path, p) for p in WANTED_FILES):
                 continue
             if path.anchor or ".." in path.parts:
-                raise SystemExit(
-                    f"{MODEL_ID} is refused: {path} would land outside {MODEL_FOLDER}."
-                )
+                raise SystemExit(f"{MODEL_ID} has {path}, which would land outside the folder.")
             wanted[file.path] = file
             total += file.size
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        if http_status(error):
-            raise  # the hub's own refusal
-        raise OSError(
-            "the answer is not a list of files. Does this network want a login?"
-        ) from None
+        if http_status(error) or isinstance(error, huggingface_hub.errors.HFValidationError):
+            raise  # the hub's own refusal, or its client's
+        raise OSError("its answer is not a list of files. Is a login needed first?") from None
     if "config.json" not in wanted:
         raise SystemExit(
-            f"{MODEL_ID} ({hub.revision}) has no config.json that matches WANTED_FILES, so it is "
-            f"not a model that can be loaded. Check these constants."
+            f"{MODEL_ID} ({hub.revision}) has no config.json among WANTED_FILES, so it can't be "
+            f"loaded. Check MODEL_ID, REVISION and WANTED_FILES."
         )
     print(f"{len(wanted)} files, {total / 1e9:.2f} GB in all.", flush=True)
     return list(wanted.values())
@@ -505,7 +490,8 @@ def download(hub: Hub, wanted: list[RemoteFile]) -> None:
     """Download what is missing or differs, and record a whole folder."""
     missing = find_damage(wanted)
     if missing:
-        check_writable(MODEL_FOLDER)
+        for folder in (MODEL_FOLDER, CACHE_FOLDER):
+            check_writable(folder)
         # A model that can't be trained is refused before its weights are downloaded
         fetch(hub, [file for file in missing if file.path == "config.json"])
         check_config()
@@ -519,7 +505,7 @@ def check_space(missing: list[RemoteFile]) -> None:
     """Stop if the disk is too small for what is still to be downloaded."""
     needed = 0
     for file in missing:
-        needed += file.size - file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete"))
+        needed += max(0, file.size - file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")))
     free = shutil.disk_usage(MODEL_FOLDER).free
     print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.", flush=True)
     if needed > free:
@@ -549,12 +535,36 @@ def fetch(hub: Hub, files: list[RemoteFile]) -> None:
     if numbers & {errno.ENOSPC, errno.EDQUOT}:
         advice = "Free some space on the disk and run again to resume."
     elif numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
-        advice = "Make MODEL_FOLDER and CACHE_FOLDER writable, and run again to resume."
+        advice = "Check the permissions of MODEL_FOLDER and CACHE_FOLDER and run again to resume."
     else:
         advice = f"Run again to resume, or set HUB = {other_hub()}."
     raise SystemExit(
         f"{len(reasons)} of {len(files)} files didn't arrive. {advice} {'; '.join(reasons)}"
     )
+
+
+def ensure_model() -> None:
+    """Leave a whole model in MODEL_FOLDER, without a request if it is there already."""
+    recorded = read_record()
+    damaged = find_damage(recorded) if recorded else []
+    if recorded and not damaged:
+        print(f"{MODEL_FOLDER} is complete, and no network is used.", flush=True)
+        return
+    if damaged:
+        names = ", ".join(file.path for file in damaged)
+        print(f"Missing or altered, and downloaded again: {names}", flush=True)
+    hub = ModelScope() if HUB == "modelscope" else HuggingFace()
+    proxy = ""
+    try:
+        proxy = check_proxy(hub.url)
+        wanted = list_wanted(hub)
+    except hub.errors as error:
+        problem = explain(hub, error, proxy)
+        if damaged or not is_filled_by_hand():
+            raise SystemExit(problem) from None
+        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}", flush=True)
+        return
+    download(hub, wanted)
 
 
 # ---- The model
@@ -596,10 +606,13 @@ def how_to_repair() -> str:
 def load() -> PreTrainedModel:
     """Return the model on the CPU in the checkpoint's own dtype; stop if a weight is missing."""
     check_config()
-    size = sum(file_size(path) for path in Path(MODEL_FOLDER).glob("*.safetensors")) / 1e9
-    free = psutil.virtual_memory().available / 1e9
+    size = 0
+    for path in Path(MODEL_FOLDER).glob("*.safetensors"):
+        with open(path, "rb") as file:  # safetensors would call a file without rights missing
+            size += os.fstat(file.fileno()).st_size
+    free = psutil.virtual_memory().available
     # A system that runs out of memory ends the script without a word
-    print(f"Loading {size:.1f} GB of weights, {free:.1f} GB of memory are free.", flush=True)
+    print(f"Loading {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free.", flush=True)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             MODEL_FOLDER,
@@ -608,9 +621,9 @@ def load() -> PreTrainedModel:
             use_safetensors=True,  # loading pickles would run code
             output_loading_info=True,
         )
-    except PermissionError:
-        raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if getattr(error, "errno", None):
+            raise  # the system's own error, which main() explains
         no_memory = "allocate memory" in str(error)
         advice = "Close other programs and run again." if no_memory else how_to_repair()
         raise SystemExit(f"{MODEL_FOLDER} doesn't load ({brief(error)}). {advice}") from None
@@ -649,14 +662,30 @@ def print_parts(model: PreTrainedModel) -> None:
 # ---- The memory that a training needs
 
 BYTES_PER_WEIGHT = 2  # frozen, in bfloat16
-BYTES_IN_4_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # nf4 with a scale a block, the scales in 8 bits
-BYTES_PER_TRAINED = 16  # float32: weight, gradient and the two numbers of Adam
-BYTES_PER_LOGIT = 14  # bfloat16, then float32: upcast, softmax and gradient
+BYTES_IN_4_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # nf4: 64 weights share a scale, 256 scales another
+BYTES_PER_TRAINED = 16  # in float32: weight, gradient, and the two numbers of Adam
+BYTES_PER_LOGIT = 14  # in bfloat16, then in float32: upcast, softmax and gradient
 # What a layer keeps of a token for the backward pass, counted on a CPU
 KEPT_PER_HIDDEN = 52  # bytes for each number of its vector; LoRA's dropout is the largest part
 KEPT_PER_INTERMEDIATE = 12  # bytes for each number inside the MLP
 KEPT_PER_RANK = 14  # bytes for each rank of LoRA: seven inner vectors in bfloat16
-KEPT_OF_INPUT = 2  # bytes for each number of its vector, where a checkpoint keeps nothing else
+KEPT_OF_INPUT = 2  # bytes for each number of its vector, where checkpointing keeps only that
+
+
+class Setting(NamedTuple):
+    """Two constants of train.py on which the memory depends."""
+
+    title: str
+    checkpointing: bool
+    four_bits: bool
+
+
+SETTINGS = [
+    Setting("checkpointing", checkpointing=True, four_bits=False),
+    Setting("no checkpointing", checkpointing=False, four_bits=False),
+    Setting("4 bits, checkpointing", checkpointing=True, four_bits=True),
+    Setting("4 bits", checkpointing=False, four_bits=True),
+]
 
 
 def training_memory(
@@ -695,35 +724,37 @@ def training_memory(
     return (weights + adapter + activations + logits) / 2**30
 
 
+def free_gpu_memory() -> float | None:
+    """Return the GiB that are free on the GPU, None if there is no GPU that can be used."""
+    if not torch.cuda.is_available():
+        print("There is no CUDA GPU to compare this with.")
+        return None
+    try:
+        return torch.cuda.mem_get_info()[0] / 2**30
+    except RuntimeError as error:  # as where another process has the GPU for itself
+        print(f"The GPU can't be used: {brief(error)}")
+        return None
+
+
 def print_memory(model: PreTrainedModel) -> None:
     """Print what a training needs, and the largest batch size that fits the GPU at hand."""
-    free = float("inf")
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0] / 2**30
-    settings = {  # (checkpointing, four_bits)
-        "checkpointing": (True, False),
-        "no checkpointing": (False, False),
-        "4 bits, checkpointing": (True, True),
-        "4 bits": (False, True),
-    }
-    print(
-        f"GiB that a training needs (estimate; LoRA rank {LORA_RANK}, {IMAGE_SIZE}x{IMAGE_SIZE}):"
-    )
-    print("  batch size | " + " | ".join(f"{title:>21}" for title in settings))
-    fitting = dict.fromkeys(settings, "-")
+    print(f"\nGiB that a training needs (estimate; LoRA rank {LORA_RANK}, {IMAGE_SIZE} pixels):")
+    print("batch size | " + " | ".join(f"{setting.title:>21}" for setting in SETTINGS))
+    needed = {}
     for batch_size in sorted(BATCH_SIZES):
-        cells = []
-        for title, setting in settings.items():
-            needed = training_memory(model, batch_size, *setting)
-            cells.append(f"{needed:21.1f}")
-            if needed <= free:
-                fitting[title] = batch_size
-        print(f"  {batch_size:10} | " + " | ".join(cells))
-    if torch.cuda.is_available():
-        sizes = ", ".join(f"{title}: {size}" for title, size in fitting.items())
-        print(f"  {free:.1f} GiB are free on this GPU. The largest that fits: {sizes}.")
-    else:
-        print("  There is no CUDA GPU to compare this with.")
+        for setting in SETTINGS:
+            needed[batch_size, setting] = training_memory(
+                model, batch_size, setting.checkpointing, setting.four_bits
+            )
+        cells = " | ".join(f"{needed[batch_size, setting]:21.1f}" for setting in SETTINGS)
+        print(f"{batch_size:10} | {cells}")
+    free = free_gpu_memory()
+    if free is None:
+        return
+    print(f"{free:.1f} GiB are free on this GPU. The largest batch size that fits:")
+    for setting in SETTINGS:
+        fitting = [size for size in BATCH_SIZES if needed[size, setting] <= free]
+        print(f"{setting.title:>21}: {max(fitting, default='none')}")
 
 
 # ---- A look at an image
@@ -771,9 +802,12 @@ def main() -> None:
     try:
         ensure_model()
         model = load()
-    except OSError as error:  # not damage, which a new download would repair
+    except OSError as error:
+        if not error.filename:
+            raise
+        # Not called damage: a new download wouldn't change it
         raise SystemExit(
-            f"Can't use {error.filename or MODEL_FOLDER} ({error.strerror or brief(error)}). "
+            f"Can't use {error.filename} ({error.strerror}). "
             f"Check its permissions and its disk, and run again."
         ) from None
     print_parts(model)
