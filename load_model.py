@@ -34,10 +34,8 @@ from typing import IO, Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 from urllib.parse import urlsplit
 
 # The clients of the two hubs read these while they are imported. Values set in the shell win.
-os.environ.setdefault(
-    "MODELSCOPE_DOWNLOAD_TIMEOUT", "30"
-)  # seconds without a byte, then it retries
-os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "43200")  # seconds for a file: 12 hours
+os.environ.setdefault("MODELSCOPE_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
+os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "43200")  # seconds for a file: 12 h
 os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -57,6 +55,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Counts = Annotated[list[PositiveInt], Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
 ModelId = Annotated[str, AfterValidator(lambda name: check_model_id(name))]
 ImageSide = Annotated[int, Field(ge=56, le=3584, multiple_of=28)]  # a token is 28 x 28 pixels
@@ -71,7 +71,7 @@ MODEL_FOLDER: PathText = MODEL_ID  # the files go here; the same as in train.py
 RECORD_FILE: Text = ".complete.json"  # in MODEL_FOLDER; delete it to look for a newer version
 CACHE_FOLDER: PathText = ".cache/load_model"  # locks: two runs must not write to one file
 # Neither pickles nor code: loading them would run what is in them
-WANTED_FILES: list[Text] = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE"]
+WANTED_FILES: Texts = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE"]
 DOWNLOAD_THREADS: PositiveInt = 4  # files at a time
 
 # A look at an image
@@ -80,7 +80,7 @@ QUESTION: Text = "Describe this image in one sentence."
 
 # The training whose memory is estimated
 IMAGE_SIZE: ImageSide = 280  # side in pixels, as in train.py; (side / 28)^2 tokens
-BATCH_SIZES: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2, 4, 8, 16]
+BATCH_SIZES: Counts = [1, 2, 4, 8, 16]  # images per forward pass
 LORA_RANK: PositiveInt = 64  # as in train.py
 TEXT_TOKENS: PositiveInt = 26  # tokens around an image: chat template and question
 ANSWER_TOKENS: PositiveInt = 70  # tokens with a loss; COCO has five captions of about 14

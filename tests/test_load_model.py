@@ -874,7 +874,7 @@ BAD = {
     "MODEL_FOLDER": ["", 3, "e:\new"],
     "RECORD_FILE": ["", None],
     "CACHE_FOLDER": ["", None],
-    "WANTED_FILES": ["*.json", [1], [""]],
+    "WANTED_FILES": ["*.json", [], [1], [""]],
     "DOWNLOAD_THREADS": [0, "4", True],
     "IMAGE_FOLDER": ["", None],
     "QUESTION": ["", None],
