@@ -9,8 +9,7 @@ Stop it whenever you like: the next run resumes. The dense models of Qwen2-VL, Q
 Qwen3-VL work: set MODEL_ID here, and MODEL_FOLDER in train.py.
 """
 
-# ruff: noqa: SIM115 (what prepare_console opens stays open)
-
+import builtins
 import contextlib
 import errno
 import hashlib
@@ -97,10 +96,12 @@ PROXY_PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
 
 
 def check_path(path: str) -> str:
-    """Expand ~ in a path constant, and refuse text that can't be a path."""
+    """Expand ~ in a path constant, and refuse text that can't be a path here."""
     # "e:\new" is a line break between "e:" and "ew": Python reads \n as one character
     if not path.strip() or any(ord(character) < 32 for character in path):
         raise ValueError(r'it should be a path, such as "e:/LLM/new" or r"e:\LLM\new"')
+    if os.name != "nt" and PureWindowsPath(path).drive:
+        raise ValueError("it should be a path of this system, which has no drives")
     return os.path.expanduser(path)
 
 
@@ -113,7 +114,7 @@ def check_constants() -> None:
             checked = TypeAdapter(rule, config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
             reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
-            reason = " or ".join(reasons).replace("Input", "it")
+            reason = re.sub(r"\b(Input|String|List) should", "it should", " or ".join(reasons))
             raise SystemExit(
                 f"{name} = {value!r} at the top of {Path(__file__).name} can't work: {reason}."
             ) from None
@@ -125,9 +126,10 @@ def prepare_console() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # pythonw.exe has no console
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            stream.reconfigure(errors="replace")
+            # line by line, or what was printed to a log file is lost when the script is stopped
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -141,7 +143,10 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Non
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """End the script at once, without waiting for its threads."""
-    os.write(2, b"\nStopped. Everything finished so far is kept. Run again to resume.\n")
+    if number == signal.SIGINT and "get_ipython" in dir(builtins):
+        raise KeyboardInterrupt  # ends a notebook's cell, and not the notebook
+    with contextlib.suppress(OSError):  # pythonw.exe and a closed terminal take no text
+        os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
     os._exit(128 + number)
 
 
@@ -151,8 +156,9 @@ def check_writable(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise SystemExit(
-            f"Can't write to {Path(folder).absolute()} ({error.strerror}). "
+            f"Can't write to {Path(folder).absolute()} ({reason}). "
             f"Choose another folder at the top of {Path(__file__).name}."
         ) from None
 

@@ -28,7 +28,7 @@ from support import hub as stand_in
 from support.fork_runner import Run, Runner
 from support.hub import COMMIT, MODEL_ID, Hub, as_json, cut_short, describe, html, status
 from support.launch import load
-from support.socks import Proxy
+from support.socks_proxy import Proxy
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 TINY = TESTS / "support/tiny_qwen2vl"
