@@ -14,8 +14,13 @@ DIFFERENT = {
     "WORD": "csv2json.py counts words for its summary, train.py splits them as COCO's scores do",
     "IMAGE_FORMATS": "data2csv.py takes what COCO's hosts serve, the others what users have",
     "CACHE_FOLDER": "each script keeps its own things, which can be deleted apart",
+    "DOWNLOAD_THREADS": "data2csv.py fetches many small files, load_model.py a few of gigabytes",
     "Pixels": "a rule for the preview's sides in data2csv.py, for an image's area in train.py",
+    "ImageSide": "load_model.py counts whole image tokens, train.py takes the next multiple",
+    "Texts": "load_model.py refuses a pattern without a letter",
     "read_rows": "of the hub's table in data2csv.py, of the user's in csv2json.py",
+    "check_proxy": "data2csv.py looks at the proxy that a request failed on, load_model.py before",
+    "find_damage": "of a model's files in load_model.py, of a checkpoint in train.py",
 }
 IN_ALL = {"check_path", "check_constants", "prepare_console", "handle_stop_signals"}
 
