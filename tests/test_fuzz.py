@@ -103,17 +103,18 @@ broken = st.lists(pieces | letters | halves, max_size=4).map("".join)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def fuzz_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     Image.effect_noise((SIDE, SIDE), 40).convert("RGB").save(folder / "one.jpg")
     return folder
 
 
 @pytest.fixture(scope="module")
-def script(folder):
-    """csv2json.py as a module that works in `folder` and drops what it can't use."""
+def csv2json(fuzz_folder):
+    """csv2json.py as a module that works in fuzz_folder and drops what it can't use."""
     script = launch.load("csv2json.py", ['ON_BAD_SAMPLE="drop"', "CHECK_THREADS=1"])
-    script.CSV_PATH, script.DATA_JSON = str(folder / "table.csv"), str(folder / "data_vl.json")
+    script.CSV_PATH = str(fuzz_folder / "table.csv")
+    script.DATA_JSON = str(fuzz_folder / "data_vl.json")
     script.tqdm = lambda checks, **_: checks  # thousands of progress bars
     return script
 
@@ -129,27 +130,27 @@ def shows_nothing(text: str) -> bool:
 @pytest.mark.slow
 @FUZZ
 @given(st.lists(st.tuples(captions | harmless, captions | harmless), min_size=1, max_size=12))
-def test_text_through_csv2json(script, folder, rows):
+def test_text_through_csv2json(csv2json, fuzz_folder, rows):
     """Text arrives letter for letter or is refused. Otherwise captions change or get lost."""
     table = [("one.jpg", "first", ""), *(("one.jpg", *texts) for texts in rows)]
-    with open(script.CSV_PATH, "w", encoding="utf-8", newline="") as file:
+    with open(csv2json.CSV_PATH, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image_path", "caption", "question"), *table])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        read = script.read_rows()
-        script.write_json(script.sort_out(read, script.check_images(read)))
+        read = csv2json.read_rows()
+        csv2json.write_json(csv2json.sort_out(read, csv2json.check_images(read)))
     expected, refused = {}, 0
     for (_, caption, question), row in zip(table, read, strict=True):
         harm = must_be_refused(caption + "\n" + question) or shows_nothing(caption)
         assert row.fault or not harm, f"{row} must not be accepted"
-        look_alike = script.SPECIAL_TOKEN.search(caption + "\n" + question)
+        look_alike = csv2json.SPECIAL_TOKEN.search(caption + "\n" + question)
         assert harm or not row.fault or look_alike, f"{row} is refused"
         refused += bool(row.fault)
         if not row.fault:
-            asked = script.PROMPT if shows_nothing(question) else question.strip()
+            asked = csv2json.PROMPT if shows_nothing(question) else question.strip()
             expected[asked, caption.strip()] = None
     assert printed.getvalue().count("\n  line ") == refused, "each bad row is listed"
-    records = json.loads(Path(script.DATA_JSON).read_text(encoding="utf-8"))
+    records = json.loads(Path(csv2json.DATA_JSON).read_text(encoding="utf-8"))
     marker = "<|vision_start|>one.jpg<|vision_end|>"
     assert [record["conversations"] for record in records] == [
         [{"from": "user", "value": asked + marker}, {"from": "assistant", "value": answer}]
@@ -158,7 +159,7 @@ def test_text_through_csv2json(script, folder, rows):
 
 
 @pytest.fixture(scope="module", params=["small vocabulary", "real vocabulary"])
-def training(request, train, base, folder):
+def training(request, train, base):
     """train.py with images of 4 tokens, as a module, and its base with one of two vocabularies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "IMAGE_SIZE", SIDE)
@@ -189,7 +190,7 @@ turns = st.lists(st.tuples(captions | harmless, harmless | broken), min_size=1, 
 
 @FUZZ
 @given(turns, names)
-def test_conversations_through_the_training(training, folder, turns, name):
+def test_conversations_through_the_training(training, fuzz_folder, turns, name):
     """Each answer is learned letter for letter, and special tokens are those of the structure.
 
     Whatever can't be learned is refused with a reason. Otherwise a caption could forge a turn.
@@ -199,13 +200,13 @@ def test_conversations_through_the_training(training, folder, turns, name):
         question += f"<|vision_start|>{name}<|vision_end|>" * (number == 0)
         conversation.append({"from": "user", "value": question})
         conversation.append({"from": "assistant", "value": answer})
-    with an_image_named(name, folder):
+    with an_image_named(name, fuzz_folder):
         try:
             read = train.read_turns({"conversations": conversation})
             images = {}
             for turn in read:
                 for marked in train.IMAGE_MARKER.findall(turn.question):
-                    path = train.locate_image(marked, folder)
+                    path = train.locate_image(marked, fuzz_folder)
                     images[marked] = train.inspect_image(path, base.side)
             examples = train.make_examples(read, images, base)
         except ValueError as reason:

@@ -393,9 +393,9 @@ def make_unusable(folder) -> dict[str, str]:
     (folder / "chunk.png").write_bytes(broken[:33] + b"\xff" * 40 + broken[73:])
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 3])
     return {
-        "page.jpg": "can't be opened: cannot identify",
-        "empty.jpg": "can't be opened: cannot identify",
-        "program.jpg": "can't be opened: cannot identify",
+        "page.jpg": "can't be opened: ",
+        "empty.jpg": "can't be opened: ",
+        "program.jpg": "can't be opened: ",
         "folder.jpg": "is a folder or a device",
         "exif.jpg": "can't be opened: ",
         "chunk.png": "can't be opened: ",
@@ -787,7 +787,7 @@ def test_images_that_cannot_be_opened_are_listed_before_the_first_step(
     six_images(*[about(name, "an image") for name in expected])
     six_images(record(MARKER.format("0.jpg") + MARKER.format("cut.jpg"), "one of two is lost"))
     features = train.KeptFeatures(base)
-    with pytest.raises(SystemExit, match='3 images can\'t be used .*set ON_BAD_SAMPLE = "drop"'):
+    with pytest.raises(SystemExit, match="^3 .*images can't be used .*ON_BAD_SAMPLE"):
         train.prepare_data(base, features, resuming=False)
     listed = capsys.readouterr().out
     for name, reason in expected.items():
@@ -795,7 +795,7 @@ def test_images_that_cannot_be_opened_are_listed_before_the_first_step(
         assert "can't be opened: " in line and reason in line
     monkeypatch.setattr(train, "ON_BAD_SAMPLE", "drop")
     tables = train.prepare_data(base, features, resuming=False)
-    assert "3 images can't be used" in capsys.readouterr().out
+    assert "images can't be used" in capsys.readouterr().out
     assert names_in(tables["train"]) | names_in(tables["test"]) == {f"{n}.jpg" for n in range(6)}
     assert names_in(tables["train"]).isdisjoint(names_in(tables["test"]))
     assert sum(map(len, tables["train"]["answers"])) == 5
@@ -810,7 +810,7 @@ def test_held_out_images_that_cannot_be_opened_are_not_scored(
     test = [about("own.jpg", "a red circle"), about("cut.jpg", "half an image")]
     path = write_records(image_folder / "test.json", *test)
     monkeypatch.setattr(train, "TEST_JSON", str(path))
-    with pytest.raises(SystemExit, match="1 images can't be used"):
+    with pytest.raises(SystemExit, match="^1 .*images can't be used"):
         train.prepare_data(base, train.KeptFeatures(base), resuming=False)
     monkeypatch.setattr(train, "ON_BAD_SAMPLE", "drop")
     tables = train.prepare_data(base, train.KeptFeatures(base), resuming=False)

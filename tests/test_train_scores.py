@@ -585,9 +585,7 @@ def test_what_is_for_looking_never_ends_a_training(
     train.show_results(results, SimpleNamespace(**STATE), RUN)
     printed = capsys.readouterr().out
     start = "SwanLab does not take the samples" if fault == "SwanLab" else "report.html can't be"
-    assert any(
-        line.startswith(start) and "Training goes on" in line for line in printed.splitlines()
-    )
+    assert any(line.startswith(start) for line in printed.splitlines())
     assert train.describe_results(results) in printed
     assert not [name for name in os.listdir(train.OUTPUT_FOLDER) if name.endswith(".tmp")]
 
