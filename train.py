@@ -929,8 +929,11 @@ class KeptFeatures:
         for path in sorted(Path(MODEL_FOLDER).glob("*.safetensors")):
             status = path.stat()
             rule.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-        for name in ("config.json", "preprocessor_config.json"):
-            rule.update((Path(MODEL_FOLDER) / name).read_bytes())
+        # transformers 5 itself writes the last one in place of the second
+        for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+            path = Path(MODEL_FOLDER) / name
+            if path.is_file():
+                rule.update(path.read_bytes())
         self.rule = rule.hexdigest()
 
     def path(self, image: ImageFile) -> Path:

@@ -563,6 +563,25 @@ def test_features_meet_only_their_own_precision_and_size(
     assert features.holds(wide) and not features.holds(small)
 
 
+def test_a_model_folder_that_transformers_wrote(train, base, image_folder, cache, monkeypatch):
+    """transformers 5 saves processor_config.json alone: such a folder works, and that file counts.
+
+    Otherwise a model that somebody has merged or changed could not be trained further.
+    """
+    folder = image_folder / "model"
+    shutil.copytree(train.MODEL_FOLDER, folder)
+    (folder / "preprocessor_config.json").unlink()
+    base.processor.save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    monkeypatch.setattr(train, "MODEL_FOLDER", str(folder))
+    [image] = inspect(train, base, image_folder, "one.jpg")
+    own = train.Base(*train.load_processor(), base.device, base.dtype)
+    features = train.KeptFeatures(own)
+    assert train.see_images([image], features, own) == {} and features.holds(image)
+    append(folder / "processor_config.json")
+    assert not train.KeptFeatures(own).holds(image)
+
+
 @pytest.mark.parametrize("damage", ["cut", "too long", "empty", "a folder", "only half written"])
 def test_half_a_file_of_features_is_not_used(
     train, base, image_folder, cache, tower_passes, damage
