@@ -30,7 +30,7 @@ from tools.shapes import (
     make_sample,
     without_weights,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
@@ -54,7 +54,8 @@ class LiveBytes(TorchDispatchMode):
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+        masked = operation is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool
+        if masked and isinstance(args[0], FakeTensor):
             # which tokens have a label is a question of numbers; how many is known
             places = [torch.empty(self.learned, dtype=torch.long) for _ in range(args[1][0].dim())]
             args = (args[0], places)
@@ -184,8 +185,8 @@ def load_model(train: ModuleType, base, four_bits: bool) -> torch.nn.Module:
     return model
 
 
-def build_trainer(train: ModuleType, base, model: torch.nn.Module, samples: list[dict], folder):
-    """Return train.py's Trainer as it is after its preparation, without reports and evaluation."""
+def build_collator(train: ModuleType, base, model: torch.nn.Module):
+    """Return train.py's collator with made-up features; it makes real tensors in any mode."""
     collator = train.Collator(base, MadeUpFeatures(base, "cpu"), model)
     make_pass = collator.make_pass
 
@@ -195,10 +196,16 @@ def build_trainer(train: ModuleType, base, model: torch.nn.Module, samples: list
             return make_pass(samples)
 
     collator.make_pass = make_real_pass
+    return collator
+
+
+def build_trainer(train: ModuleType, base, model: torch.nn.Module, samples: list[dict], folder):
+    """Return train.py's Trainer as it is after its preparation, without reports and evaluation."""
+    collator = build_collator(train, base, model)
     arguments = train.training_arguments(base, len(samples), None)
     arguments.output_dir = folder
     table = datasets.Dataset.from_list(samples)
-    # fake weights can't be moved, and need not
+    # fake weights can't be moved, and real ones are where they should be
     with patch.object(transformers.Trainer, "_move_model_to_device"):
         trainer = train.CaptionTrainer(
             judge=None,

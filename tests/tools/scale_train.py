@@ -141,7 +141,8 @@ class Watch:
             # it may have ended while it is looked at
             with contextlib.suppress(OSError, TypeError):
                 self.readings.append((time.monotonic(), memory(self.pid)))
-            time.sleep(0.05)
+            # each look stops the process for a moment
+            time.sleep(0.3)
 
     def stop(self) -> None:
         self.over = True

@@ -185,7 +185,7 @@ class MadeUpFeatures:
 
     def read(self, images: list) -> torch.Tensor:
         rows = sum(map(self.tokens, images))
-        return torch.empty(rows, self.width, dtype=self.base.dtype, device=self.device)
+        return torch.randn(rows, self.width, dtype=self.base.dtype, device=self.device)
 
 
 def make_sample(
