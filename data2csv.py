@@ -1,249 +1,717 @@
-"""Step 1 of 4: fetch the COCO 2014 captions and the first 500 images, and list them in one CSV.
+"""Step 1 of 4: download the COCO 2014 captions and the first 500 images, and list them in a CSV.
 
-Reads   the caption table of the dataset modelscope/coco_2014_caption, fetched once and kept, and the images it names.
-Writes  coco_2014_caption/IMAGE_ID.jpg    the images, bytes as served; and preview.jpg, the first with their captions
-        coco-2024-dataset.csv             image_path,caption: one row a caption, up to 5 captions an image
+Reads   the caption table of the dataset modelscope/coco_2014_caption, which is downloaded once
+        and kept, and the images that it names.
+Writes  coco_2014_caption/IMAGE_ID.jpg, the images exactly as they are served; preview.jpg beside
+        them, the first images with their captions; and coco-2024-dataset.csv, one row per caption
+        with the columns image_path and caption, up to five rows per image.
 Run     python data2csv.py
-Takes   a few minutes for 500 images (80 MB); at most 350 MB of memory. Stopped and run again, it goes on where it was.
+Takes   a few minutes for 500 images (80 MB) and at most 350 MB of memory. If interrupted, run it
+        again to resume.
 """
 
+import builtins
+import contextlib
 import csv
-import errno
+import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import textwrap
+import threading
 import time
+import unicodedata
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import chain, islice, product
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path, PureWindowsPath
+from types import FrameType
+from typing import IO, Annotated, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import requests
+import urllib3
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
+# The rules of the constants; the lambdas, because the functions stand below them
+PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
+ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]")]
+ImageUrl = Annotated[str, Field(pattern=r"^https?://[^{}]+\{image_id(:0\d+d)?\}[^{}]*$")]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+Pause = Annotated[float, Field(ge=0, le=3600)]
+Threads = Annotated[int, Field(ge=1, le=256)]
+Pixels = Annotated[int, Field(ge=8, le=2000)]
+Few = Annotated[int, Field(ge=1, le=200)]
+
+# --------------------------------------------------------------------------------------------------
 # Data
-MAX_DATA_NUMBER = 500  # images, the first ones of the table; None = all 82,783 (13.5 GB)
-IMAGE_BYTES = 163_000  # an average image, for the estimate
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what an image may be; COCO's are all JPEG
-CAPTIONS_PER_IMAGE = 5  # captions kept of each image, at most; COCO has five, seldom more
+MAX_DATA_NUMBER: PositiveInt | None = 500  # the table's first images; None: all 82,783 (13.5 GB)
+CAPTIONS_PER_IMAGE: PositiveInt = 5  # at most; COCO has five captions per image, seldom more
+# Pillow's names of the formats that an image may have; COCO's are all JPEG
+IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP"]
+IMAGE_BYTES: PositiveInt = 163_000  # size of an average image, for the estimate
+MAX_FILE_BYTES: PositiveInt = 500_000_000  # longer downloads are given up; COCO's table: 240 MB
+MAX_IMAGE_BYTES: PositiveInt = 50_000_000  # images with more are refused
+# As in csv2json.py: against small files that unpack to gigabytes
+MAX_FILE_PIXELS: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485  # width x height
+
 # Output
-IMAGE_FOLDER = "coco_2014_caption"  # the images go here
-CSV_PATH = "coco-2024-dataset.csv"  # its paths are relative to its own folder: both on one drive
-CACHE_FOLDER = ".cache/coco_2014_caption"  # keeps the table; delete it to fetch the table anew
-PREVIEW_IMAGES, PREVIEW_COLUMNS = 24, 6  # images in preview.jpg, and how many side by side
-PREVIEW_SIZE, PREVIEW_LETTERS, PREVIEW_LINES = (256, 192), 16, 3  # pixels an image and a letter; lines a caption
-FONTS = ("msyh.ttc", "simhei.ttf", "PingFang.ttc", "STHeiti Medium.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
+IMAGE_FOLDER: PathText = "coco_2014_caption"
+CSV_PATH: PathText = "coco-2024-dataset.csv"  # on the same drive as IMAGE_FOLDER
+CACHE_FOLDER: PathText = ".cache/coco_2014_caption"  # keeps the table; delete it to update
+
+# Preview
+PREVIEW_IMAGES: Few = 24
+PREVIEW_COLUMNS: Few = 6  # images side by side
+PREVIEW_WIDTH: Pixels = 256  # of an image, in pixels
+PREVIEW_HEIGHT: Pixels = 192
+PREVIEW_FONT_SIZE: Pixels = 16
+PREVIEW_LINES: Few = 3  # of a caption, which is cut after them
+# For Chinese captions, the first that is installed: of Windows, macOS, Linux
+FONTS: Annotated[list[PathText], Field(min_length=1)] = [
+    "msyh.ttc",
+    "simhei.ttf",
+    "PingFang.ttc",
+    "STHeiti Medium.ttc",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+]
+
 # Sources
-MODELSCOPE_URL = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"  # the variable is ModelScope's own
-LOADER_PATH = "/api/v1/datasets/modelscope/coco_2014_caption/repo?Revision=master&FilePath=coco_2014_caption.py"
-TABLE_URLS = (  # asked after the address in that loader script: where the table was found before, newest first
+MODELSCOPE_URL: Url = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+# The loader script of the dataset names the table's address. It is read as text and never run.
+LOADER_PATH: Annotated[str, Field(pattern="^/")] = (
+    "/api/v1/datasets/modelscope/coco_2014_caption/repo"
+    "?Revision=master&FilePath=coco_2014_caption.py"
+)
+# Tried next: where the table was found before, newest first
+TABLE_URLS: Annotated[list[Url], Field(min_length=1)] = [
     "https://modelscope.oss-cn-beijing.aliyuncs.com/open_data/coco_2014_caption/train2014.csv.zip",
     "http://xingchen-data.oss-cn-zhangjiakou.aliyuncs.com/coco/2014/train.csv.zip",
+]
+# Tried last: COCO's own captions (240 MB), in another order
+ANNOTATIONS_URL: Url = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
+# Every image has two sources: the address in the table, and COCO's own host
+OFFICIAL_IMAGE_URL: ImageUrl = (
+    "http://images.cocodataset.org/train2014/COCO_train2014_{image_id:012d}.jpg"
 )
-ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"  # asked last, 240 MB
-OFFICIAL_IMAGE_URL = "http://images.cocodataset.org/train2014/COCO_train2014_{image_id:012d}.jpg"  # the second host
+
 # Network
-DOWNLOAD_THREADS = 16  # images fetched at once
-BATCH = 1024  # images handed to these threads at a time
-TIMEOUT = (10, 20)  # seconds to connect, and to wait for the next bytes
-MIN_SPEED = 1000  # bytes a second, on average after the first TIMEOUT[1] seconds; a slower answer is given up
-ROUNDS, BACKOFF = 2, 3.0  # times each source is asked; seconds of pause before the second time, twice that the third
-HOST_FAILURES, MAX_FAILURES = 8, 32  # in a row: then a host is asked after the other one; then the script stops
-# ----------------------------------------------------------------------------------------------------------------------
-session = requests.Session()  # for all threads: it keeps connections open
-failures = Counter()  # in a row: of each folder of a host, and of files that no host gives
+DOWNLOAD_THREADS: Threads = 16  # images downloaded at the same time
+CONNECT_TIMEOUT: Seconds = 10.0
+READ_TIMEOUT: Seconds = 20.0  # without a single byte
+MIN_SPEED: PositiveInt = 1000  # bytes per second, on average after READ_TIMEOUT
+ROUNDS: PositiveInt = 2  # how often each source is tried
+BACKOFF: Pause = 3.0  # seconds before the second round, twice as many before the third
+HOST_FAILURES: PositiveInt = 8  # in a row; then the other host is tried first
+MAX_FAILURES: PositiveInt = 32  # images in a row that no host has; then the script stops
+# --------------------------------------------------------------------------------------------------
+
+ANNOTATIONS = "annotations/captions_train2014.json"  # inside COCO's archive
+PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks4a": 1080, "socks5": 1080, "socks5h": 1080}
+Content = TypeVar("Content")
+
+
+class BadFile(Exception):
+    """A file or an answer that can't be used; its text says why."""
+
+
+class Entry(NamedTuple):
+    """What the table knows about an image: where it may be found, and its captions."""
+
+    urls: list[str]
+    captions: list[str]
+
+
+# ---- Shared with the other scripts
+
+
+def check_path(path: str) -> str:
+    """Expand ~ in a path constant, and refuse text that can't be a path here."""
+    # "e:\new" is a line break between "e:" and "ew": Python reads \n as one character
+    if not path.strip() or any(ord(character) < 32 for character in path):
+        raise ValueError(r'it should be a path, such as "e:/LLM/new" or r"e:\LLM\new"')
+    if os.name != "nt" and PureWindowsPath(path).drive:
+        raise ValueError("it should be a path of this system, which has no drives")
+    return os.path.expanduser(path)
 
 
 def check_constants() -> None:
-    """Refuse an impossible constant by its name, before anything is fetched."""
-    rules = (  # the end of a name, a pattern for the value, the pattern in words
-        ("MAX_DATA_NUMBER", r"[1-9]\d*|None", "a whole number, 1 or more, or None"),
-        ("BACKOFF", r"\d+(\.\d+)?", "a number, 0 or more"),
-        (("TIMEOUT", "SIZE"), r"\([1-9]\d*, [1-9]\d*\)", "two whole numbers, 1 or more, in brackets"),
-        (("FOLDER", "PATH", "URL"), r"['\"][^\s'\"].*", "text in quotes"),
-        (("FONTS", "URLS", "FORMATS"), r"\((['\"][^\s'\"][^'\"]*['\"],? ?)+\)", "texts in quotes, in brackets"),
-        ("", r"[1-9]\d*", "a whole number, 1 or more"),
-    )
-    for name, value in [(name, repr(value)) for name, value in globals().items() if name.isupper()]:
-        pattern, legal = next(rule for end, *rule in rules if name.endswith(end))
-        if not re.fullmatch(pattern, value):
-            raise SystemExit(f"{name} = {value} at the top of data2csv.py can't work: it must be {legal}.")
+    """Stop with one sentence if a constant at the top has an impossible value."""
+    script = sys.modules[__name__]
+    for name, rule in get_type_hints(script, include_extras=True).items():
+        value = getattr(script, name)
+        try:
+            checked = TypeAdapter(rule, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+            reason = re.sub(r"\b(Input|String|List) should", "it should", " or ".join(reasons))
+            raise SystemExit(
+                f"{name} = {value!r} at the top of {Path(__file__).name} can't work: {reason}."
+            ) from None
+        setattr(script, name, checked)  # a path with ~ expanded, all else as it was
 
 
-def stop(number: int, _) -> None:
-    """Ctrl-C ends the script at once, without waiting for the downloads under way."""
-    os.write(2, b"\nStopped. What is fetched stays: run again to go on.\n")
+def prepare_console() -> None:
+    """Let print and progress bars work on every console: code pages, notebooks, pythonw."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # pythonw.exe has no console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            # line by line, or what was printed to a log file is lost when the script is stopped
+            stream.reconfigure(errors="replace", line_buffering=True)
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call handler on Ctrl-C, kill, a closed terminal, and Ctrl-Break on Windows."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)  # Windows lacks SIGHUP, the others SIGBREAK
+        # nohup ignores SIGHUP on purpose: leave it ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End the script at once, without waiting for its threads."""
+    if number == signal.SIGINT and "get_ipython" in dir(builtins):
+        raise KeyboardInterrupt  # ends a notebook's cell, and not the notebook
+    with contextlib.suppress(OSError):  # pythonw.exe and a closed terminal take no text
+        os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
     os._exit(128 + number)
 
 
-def download(url: str, path: Path, label: str | None) -> None:
-    """Write what `url` gives to `path`, with a progress bar if there is a `label`; a mere trickle is given up."""
-    with session.get(url, stream=True, timeout=TIMEOUT) as response, open(path, "wb") as file:
-        response.raise_for_status()
-        size, deadline = int(response.headers.get("Content-Length", 0)), time.monotonic() + TIMEOUT[1]
-        with tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not label) as progress:
-            while piece := response.raw.read1(1 << 16, decode_content=True):
-                progress.update(file.write(piece))
-                deadline += len(piece) / MIN_SPEED
-                if time.monotonic() > deadline:
-                    raise requests.Timeout(f"slower than {MIN_SPEED} bytes a second")
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and stop with one sentence if nothing can be written to it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise SystemExit(
+            f"Can't write to {Path(folder).absolute()} ({reason}). "
+            f"Choose another folder at the top of {Path(__file__).name}."
+        ) from None
 
 
-def fetch(path: Path, sources, read, label: str | None = None):
-    """What `read` makes of `path`, which is fetched, unless it is there, from the first source that gives it whole."""
-    with suppress(Exception):  # missing or damaged: it is fetched
-        if content := read(path):
-            return content
-    part, reasons = path.with_suffix(".part"), []
-    sources = sorted(dict.fromkeys(sources), key=lambda source: failures[os.path.dirname(source)] >= HOST_FAILURES)
-    for turn, source in product(range(ROUNDS * (failures["in a row"] < MAX_FAILURES)), sources):
-        time.sleep(turn * BACKOFF)
+@contextlib.contextmanager
+def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that replaces path once it is whole and on the disk."""
+    unfinished = Path(f"{path}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"
+    try:
+        with open(unfinished, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave an empty file under the new name
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+# ---- Checks before the start
+
+
+def check_formats(names: list[str]) -> list[str]:
+    """Refuse formats that Pillow can't read, and the one that isn't safe."""
+    Image.init()  # else Pillow knows only the five commonest formats
+    # EPS is a program, which Pillow starts Ghostscript to run
+    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
+        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
+    return names
+
+
+def check_csv_path() -> None:
+    """Stop with one sentence if CSV_PATH is a folder or on another drive than the images."""
+    if os.path.isdir(CSV_PATH) or CSV_PATH.endswith(("/", os.sep)):
+        raise SystemExit(
+            f"CSV_PATH = {CSV_PATH!r} is a folder. Add a file name to it at the top of data2csv.py."
+        )
+    try:
+        image_folder_seen_from_csv()
+    except ValueError:  # os.path.relpath, on Windows
+        raise SystemExit(
+            f"No relative path leads from CSV_PATH = {CSV_PATH!r} to IMAGE_FOLDER = "
+            f"{IMAGE_FOLDER!r}. Put both on one drive at the top of data2csv.py."
+        ) from None
+
+
+@functools.cache
+def check_proxy(proxy: str) -> None:
+    """Stop with one sentence if a proxy is misspelt or can't be reached.
+
+    The proxy itself is never shown, because it may contain a password.
+    """
+    names = [name for name in os.environ if name.lower().endswith("_proxy")]
+    names = sorted(name for name in names if os.environ[name] == proxy)
+    place = " and ".join(names) or "the settings of your system"
+    try:
+        parts = urllib3.util.parse_url(proxy)
+        usual_port = PORTS[parts.scheme or "http"]
+        if not parts.host:
+            raise ValueError("no host")
+        address = (parts.host.strip("[]"), parts.port or usual_port)
+        socket.create_connection(address, CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise SystemExit(
+            f"The proxy in {place} can't be reached ({error.strerror or 'no answer'}). "
+            "Start it, or correct or delete the setting."
+        ) from None
+    except (ValueError, KeyError):
+        raise SystemExit(
+            f"The proxy in {place} is misspelt. Write it as http://HOST:PORT or "
+            "socks5://HOST:PORT, or delete the setting."
+        ) from None
+
+
+def remove_leftovers() -> None:
+    """Delete the unfinished images of runs that were killed. All other files are written anew."""
+    for leftover in Path(IMAGE_FOLDER).glob("[0-9]*.jpg.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+# ---- Download
+
+
+@contextlib.contextmanager
+def explain_write_errors(path: str | Path) -> Iterator[None]:
+    """Turn an OSError of the writes inside into one sentence: what, where, what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(
+            f"Can't write {Path(path).absolute()} ({error.strerror}). Free some space, or close "
+            "the file if another program (such as Excel) has it open, and run again."
+        ) from None
+
+
+def host_of(url: str) -> str:
+    """Return a URL without its file name: one server may hold several sources."""
+    return url.rpartition("/")[0]
+
+
+class Downloader:
+    """Downloads files in many threads, first from the hosts that work."""
+
+    def __init__(self) -> None:
+        """Open a session that keeps one connection per thread."""
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=DOWNLOAD_THREADS))
+        # Failures in a row. Threads may lose a count, which only delays the conclusion.
+        self.host_failures = Counter()
+        self.file_failures = 0
+        self.stopping = threading.Event()  # set when the script gives up: downloads end early
+
+    def fetch(
+        self,
+        path: Path,
+        urls: Iterable[str],
+        read: Callable[[Path], Content],
+        label: str = "",
+    ) -> Content | None:
+        """Return read(path), downloading path first if it is missing or damaged.
+
+        read raises BadFile for a damaged file, then the next URL is tried. If no URL has a good
+        one, the result is None. A label shows a progress bar.
+        """
+        with contextlib.suppress(BadFile):
+            return read(path)
+        unfinished = Path(f"{path}.tmp")
+        problems = []
         try:
-            download(source, part, label)
-            if not (content := read(part)):
-                raise ValueError("not whole, or nothing in it")
-        except Exception as error:  # a garbled file can raise almost anything
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL is a garbled archive's
-                raise  # a full disk and the like is no source's fault
-            failures[os.path.dirname(source)] += 1
-            reasons.append(f"{source}: {error}")
-        else:
-            os.replace(part, path)
-            failures[os.path.dirname(source)] = failures["in a row"] = 0
-            return content
-    part.unlink(missing_ok=True)
-    failures["in a row"] += 1
-    tqdm.write("\n".join([f"{label or 'Image'} {path.stem}: no source gives it.", *reasons[-len(sources) :]]))
+            for url in self.attempts(urls):
+                try:
+                    self.download(url, unfinished, label)
+                    content = read(unfinished)
+                # Every error of requests is an OSError; a full disk has become SystemExit
+                except (OSError, urllib3.exceptions.HTTPError, BadFile) as error:
+                    problems.append(f"{url}: {error}")
+                    self.host_failures[host_of(url)] += 1
+                else:
+                    with explain_write_errors(path):
+                        os.replace(unfinished, path)
+                    self.host_failures[host_of(url)] = self.file_failures = 0
+                    return content
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+        if not self.stopping.is_set():
+            tqdm.write("\n  ".join([f"{path} could not be downloaded:", *problems]))
+        self.file_failures += 1
+        if self.file_failures >= MAX_FAILURES:
+            self.stopping.set()
+        return None
+
+    def attempts(self, urls: Iterable[str]) -> Iterator[str]:
+        """Yield the URLs once per round, those of failing hosts last."""
+        urls = dict.fromkeys(urls)  # without duplicates
+        failing_last = sorted(
+            urls, key=lambda url: self.host_failures[host_of(url)] >= HOST_FAILURES
+        )
+        for number in range(ROUNDS):
+            self.stopping.wait(number * BACKOFF)
+            for url in failing_last:
+                if self.stopping.is_set():
+                    return
+                yield url
+
+    def download(self, url: str, path: Path, label: str) -> None:
+        """Write to path what a URL gives, exactly as it is served."""
+        try:
+            proxies = requests.utils.get_environ_proxies(url)
+            proxy = requests.utils.select_proxy(url, proxies)
+            if proxy:
+                check_proxy(proxy)
+            timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+            response = self.session.get(url, stream=True, timeout=timeout)
+        except ValueError as error:  # what requests raises for a redirect to a malformed address
+            raise BadFile(error) from error
+        with response:
+            response.raise_for_status()
+            # urllib3's reading of Content-Length: None if it is missing or nonsense
+            size = response.raw.length_remaining
+            progress = tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not label)
+            with progress, explain_write_errors(path), open(path, "wb") as file:
+                for piece in self.receive(response):
+                    file.write(piece)
+                    progress.update(len(piece))
+
+    def receive(self, response: requests.Response) -> Iterator[bytes]:
+        """Yield an answer piece by piece, unless it is too large or too slow."""
+        received = 0
+        start = time.monotonic()
+        # read1 returns what has arrived; read would wait for all 64 KB of a trickle
+        while piece := response.raw.read1(1 << 16, decode_content=True):
+            yield piece
+            received += len(piece)
+            if received > MAX_FILE_BYTES:
+                raise BadFile(f"larger than MAX_FILE_BYTES, {MAX_FILE_BYTES:,} bytes")
+            if time.monotonic() - start > READ_TIMEOUT + received / MIN_SPEED:
+                raise BadFile(f"slower than MIN_SPEED, {MIN_SPEED:,} bytes per second")
+            if self.stopping.is_set():
+                raise BadFile("stopped")
 
 
-def table_urls():
-    """The addresses in the dataset's loader script, which is read as text and never run, then those known before."""
-    loader, url = Path(CACHE_FOLDER, "loader.py"), re.compile(r"http[^\"'\s]*train[^\"'\s]*\.csv\.zip")
-    loader.unlink(missing_ok=True)
-    yield from fetch(loader, [MODELSCOPE_URL + LOADER_PATH], lambda path: url.findall(path.read_text("utf-8"))) or []
+# ---- Table
+
+
+def fetch_table(downloader: Downloader) -> dict[int, Entry]:
+    """Return the caption table, from the first source that has it."""
+    path = Path(CACHE_FOLDER, "train_captions.zip")
+    table = downloader.fetch(path, find_table_urls(downloader), read_table, "table")
+    if table is None:  # a fetch of its own: all others get their second round before it
+        table = downloader.fetch(path, [ANNOTATIONS_URL], read_table, "table")
+    if table is None:
+        raise SystemExit(
+            "The caption table could not be downloaded from any source above. "
+            "Check your network and run again."
+        )
+    return table
+
+
+def find_table_urls(downloader: Downloader) -> Iterator[str]:
+    """Yield the addresses in the dataset's loader script, then those known before.
+
+    A generator asks nobody anything before its first value is used: not if the table is there.
+    """
+    loader = Path(CACHE_FOLDER, "loader.py")
+    with contextlib.suppress(OSError):
+        loader.unlink()  # it may have changed
+    loader_url = MODELSCOPE_URL.rstrip("/") + LOADER_PATH
+    yield from downloader.fetch(loader, [loader_url], read_loader) or []
     yield from TABLE_URLS
 
 
-def read_table(path: Path) -> dict[int, tuple[list[str], list[str]]]:
-    """image_id: (addresses, captions), in the table's order, from ModelScope's zipped CSV or COCO's annotations."""
-    table, empty = {}, 0
-    with zipfile.ZipFile(path) as archive:  # read where it lies, nothing is unpacked
-        if (annotations := "annotations/captions_train2014.json") in archive.namelist():
-            rows = json.loads(archive.read(annotations))["annotations"]
-            print("This is COCO's own table, whose order differs: these will be other images than ModelScope's first.")
-        else:
-            largest = max(archive.infolist(), key=lambda member: member.file_size)
-            rows = csv.DictReader(io.TextIOWrapper(archive.open(largest), "utf-8-sig", newline=""), restval="")
-            if missing := sorted({"image_id", "caption", "image"} - set(rows.fieldnames)):
-                raise SystemExit(f"{path} has no column {missing}, only {rows.fieldnames}: captions are not guessed.")
-        for row in rows:
-            if not re.fullmatch(r"\d{1,12}", str(row["image_id"])):  # it becomes a file name
-                raise SystemExit(f"{path} has the image_id {row['image_id']!r}: not a number.")
-            if caption := " ".join(row["caption"].split()):
-                image_id, official = int(row["image_id"]), OFFICIAL_IMAGE_URL.format(image_id=int(row["image_id"]))
-                table.setdefault(image_id, ([row.get("image", official), official], []))[1].append(caption)
-            empty += not caption
+def read_loader(path: Path) -> list[str]:
+    """Return the addresses of the table in the loader script."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from error
+    urls = re.findall(r"https?://[^\"'\s]*train[^\"'\s]*\.csv\.zip", text)
+    if not urls:
+        raise BadFile("it names no table; is this network behind a login page?")
+    return urls
+
+
+def read_table(path: Path) -> dict[int, Entry]:
+    """Return the images of the table by their ids, in the table's order.
+
+    The captions of an image stand far apart. All are kept, as the image costs a download only once.
+    """
+    table = {}
+    empty = 0
+    try:
+        for row in read_rows(path, find_member(path)):
+            image_id = str(row["image_id"])
+            if not re.fullmatch(r"[0-9]{1,12}", image_id):  # it becomes a file name
+                raise SystemExit(f"{path} has the image_id {image_id!r}, which is not a number.")
+            caption = clean_caption(row["caption"])
+            if not caption:
+                empty += 1
+                continue
+            image_id = int(image_id)
+            if image_id not in table:
+                official = OFFICIAL_IMAGE_URL.format(image_id=image_id)
+                table[image_id] = Entry([row.get("image") or official, official], [])
+            table[image_id].captions.append(caption)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from error
+    if not table:
+        raise BadFile("it holds no captions")
     print(f"The table has {len(table):,} images; {empty} empty captions dropped.")
     return table
 
 
+def find_member(path: Path) -> str:
+    """Return the name of the table in an archive after reading it to its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            name = max(members, key=lambda member: member.file_size).filename
+            if ANNOTATIONS in archive.namelist():
+                name = ANNOTATIONS
+            with archive.open(name) as member:
+                while member.read(1 << 20):
+                    pass
+    # zipfile raises a dozen kinds of errors on damaged archives. No other code is inside the try.
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from error
+    return name
+
+
+def read_rows(path: Path, name: str) -> Iterator[dict]:
+    """Yield the rows of ModelScope's CSV or of COCO's JSON, without unpacking the archive."""
+    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
+        if name == ANNOTATIONS:
+            print("This is COCO's own table, in another order: other images come first.")
+            # Not json.load, which would keep the bytes (70 MB) until it is done
+            yield from json.loads(member.read()).get("annotations", [])
+            return
+        text = io.TextIOWrapper(member, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(text, restval="")
+        columns = rows.fieldnames or []
+        missing = sorted({"image_id", "caption", "image"}.difference(columns))
+        if columns and missing:
+            raise SystemExit(f"{path} has no column {missing}, only {columns}.")
+        yield from rows
+
+
+def clean_caption(text: str) -> str:
+    """Return a caption with single spaces, or "" if nothing of it can be seen."""
+    text = text.encode("utf-8", "ignore").decode("utf-8")  # half a surrogate pair fits in no file
+    # Z are separators; C are control and format characters, such as a zero-width space
+    if all(unicodedata.category(character)[0] in "ZC" for character in text):
+        return ""
+    return " ".join(text.split())
+
+
+# ---- Images
+
+
+def image_path(image_id: int) -> Path:
+    """Return where an image is kept."""
+    return Path(IMAGE_FOLDER, f"{image_id}.jpg")
+
+
+def plan_images(table: dict[int, Entry]) -> int:
+    """Return how many images to take, and say what is to be downloaded."""
+    wanted = list(table)[:MAX_DATA_NUMBER]
+    if len(wanted) < (MAX_DATA_NUMBER or 0):
+        print(f"MAX_DATA_NUMBER is {MAX_DATA_NUMBER}, but the table has only {len(wanted)} images.")
+    missing = sum(not image_path(image_id).exists() for image_id in wanted)
+    size = missing * IMAGE_BYTES
+    print(f"{len(wanted):,} images, {missing:,} to be downloaded: about {size / 1e6:,.0f} MB.")
+    free = shutil.disk_usage(IMAGE_FOLDER).free
+    if size > free:
+        raise SystemExit(
+            f"The disk of IMAGE_FOLDER = {IMAGE_FOLDER!r} has only {free / 1e6:,.0f} MB left. "
+            "Free some space, or lower MAX_DATA_NUMBER."
+        )
+    return len(wanted)
+
+
+def fetch_images(downloader: Downloader, table: dict[int, Entry], wanted: int) -> list[int]:
+    """Download the first images that any host has, and return their ids in the table's order."""
+    candidates = iter(table)
+    running = {}  # future: image_id
+    fetched = set()
+    skipped = 0
+    progress = tqdm(total=wanted, unit="image")
+    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool, progress:
+        try:
+            while True:
+                # A failed image leaves room for the next of the table
+                room = min(4 * DOWNLOAD_THREADS, wanted - len(fetched)) - len(running)
+                for image_id in islice(candidates, room):
+                    path, urls = image_path(image_id), table[image_id].urls
+                    running[pool.submit(downloader.fetch, path, urls, read_image)] = image_id
+                if not running:
+                    break
+                # On Windows a signal waits as long as this does
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    image_id = running.pop(future)
+                    if future.result():
+                        fetched.add(image_id)
+                        progress.update()
+                    else:
+                        skipped += 1
+                if downloader.stopping.is_set():
+                    raise SystemExit(
+                        f"{MAX_FAILURES} images in a row could not be downloaded. "
+                        "Check your network and run again."
+                    )
+        except BaseException:  # else the pool waits until everything is downloaded
+            downloader.stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print(f"{len(fetched):,} images are there, {skipped:,} skipped.")
+    return [image_id for image_id in table if image_id in fetched]
+
+
 def read_image(path: Path) -> bool:
-    """Decode it to its last row; a JPEG at an eighth of its size, which finds the same faults in half the time."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        image.draft("L", (1, 1))
-        image.load()
-        return image.format != "JPEG" or b"\xff\xd9" in path.read_bytes()[-1024:]  # its end: zeros decode, too
+    """Return True if an image can be decoded to its last row.
+
+    A JPEG is decoded at an eighth of its size, which finds the same faults in half the time.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise BadFile(f"{size:,} bytes are more than MAX_IMAGE_BYTES")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_FILE_PIXELS:
+                raise BadFile(f"{image.width} x {image.height} pixels exceed MAX_FILE_PIXELS")
+            is_jpeg = image.format == "JPEG"
+            image.draft("L", (1, 1))
+            image.load()
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 1024))
+            end = file.read()
+    except BadFile:
+        raise
+    # Pillow raises a dozen kinds of errors on damaged files. No other code is inside the try.
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from error
+    # Half a JPEG followed by zeros decodes as well: only its end mark tells that it is whole
+    if is_jpeg and b"\xff\xd9" not in end:
+        raise BadFile("its end is missing")
+    return True
 
 
-def fetch_images(table: dict, wanted: int) -> list[int]:
-    """Fetch the first `wanted` images that a host gives, and return their ids in the table's order."""
-    candidates, chosen = iter(table), []
-    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool, tqdm(total=wanted, unit="image") as progress:
-        while batch := list(islice(candidates, min(BATCH, wanted - len(chosen)))):
-            futures = [pool.submit(fetch, Path(IMAGE_FOLDER, f"{key}.jpg"), table[key][0], read_image) for key in batch]
-            for image_id, future in zip(batch, futures, strict=True):
-                while not future.done():
-                    time.sleep(0.02)  # on Windows Ctrl-C interrupts this, but no wait for a result
-                if failures["in a row"] >= MAX_FAILURES or future.exception():
-                    pool.shutdown(cancel_futures=True)
-                    raise future.exception() or SystemExit(f"{MAX_FAILURES} images in a row failed. Run again later.")
-                if future.result():
-                    chosen.append(image_id)
-                    progress.update()
-    return chosen
+# ---- CSV and preview
 
 
-def write_csv(table: dict, chosen: list[int]) -> int:
-    """One row a caption; with slashes, on Windows too. Returns their number."""
-    folder = Path(os.path.relpath(IMAGE_FOLDER, Path(CSV_PATH).parent)).as_posix()
-    rows = ((f"{folder}/{key}.jpg", caption) for key in chosen for caption in table[key][1][:CAPTIONS_PER_IMAGE])
-    with open(f"{CSV_PATH}.part", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(chain([("image_path", "caption")], rows))
-    os.replace(f"{CSV_PATH}.part", CSV_PATH)
-    return sum(len(table[key][1][:CAPTIONS_PER_IMAGE]) for key in chosen)
+def image_folder_seen_from_csv() -> str:
+    """Return the path from the CSV's folder to the images, with slashes on Windows as well."""
+    # "link/.." leads to the parent of what link points to: follow links before counting ".."
+    image_folder = Path(IMAGE_FOLDER).parent.resolve() / Path(IMAGE_FOLDER).name
+    return Path(os.path.relpath(image_folder, Path(CSV_PATH).parent.resolve())).as_posix()
 
 
-def write_preview(table: dict, chosen: list[int]) -> None:
-    """The first images on one sheet, a caption beneath each."""
-    shown = {image_id: table[image_id][1][0] for image_id in chosen[:PREVIEW_IMAGES]}
-    (width, height), gap, font = PREVIEW_SIZE, PREVIEW_LETTERS, ImageFont.load_default(PREVIEW_LETTERS)
-    if max(map(max, shown.values())) > "\u2e80":  # Chinese: Pillow's own font has no such letters
+def write_csv(table: dict[int, Entry], chosen: list[int]) -> None:
+    """Write one row per caption."""
+    folder = image_folder_seen_from_csv()
+    count = 0
+    with explain_write_errors(CSV_PATH), write_atomically(CSV_PATH) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["image_path", "caption"])
+        for image_id in chosen:
+            captions = table[image_id].captions[:CAPTIONS_PER_IMAGE]
+            rows.writerows([f"{folder}/{image_id}.jpg", caption] for caption in captions)
+            count += len(captions)
+    print(f"{count:,} captions are in {CSV_PATH}.")
+
+
+def write_preview(table: dict[int, Entry], chosen: list[int]) -> None:
+    """Write preview.jpg, which is only for looking: without it, the run is still complete."""
+    captions = {image_id: table[image_id].captions[0] for image_id in chosen[:PREVIEW_IMAGES]}
+    path = Path(IMAGE_FOLDER, "preview.jpg")
+    try:
+        sheet = draw_preview(captions)
+        with write_atomically(path, "wb") as file:
+            sheet.save(file, "JPEG", quality=90)
+    except OSError as error:
+        print(f"{path} was not written ({error.strerror or error}). All else is complete.")
+
+
+def draw_preview(captions: dict[int, str]) -> Image.Image:
+    """Draw the images on a sheet, each above its caption."""
+    font = find_font(captions.values())
+    gap = PREVIEW_FONT_SIZE
+    text_height = PREVIEW_LINES * PREVIEW_FONT_SIZE * 3 // 2
+    column_width = PREVIEW_WIDTH + gap
+    row_height = PREVIEW_HEIGHT + text_height + 2 * gap
+    rows = math.ceil(len(captions) / PREVIEW_COLUMNS)
+    size = (gap + PREVIEW_COLUMNS * column_width, gap + rows * row_height)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image_id, caption) in enumerate(captions.items()):
+        row, column = divmod(number, PREVIEW_COLUMNS)
+        x = gap + column * column_width
+        y = gap + row * row_height
+        with Image.open(image_path(image_id), formats=IMAGE_FORMATS) as image:
+            image = image.convert("RGB")
+        sheet.paste(ImageOps.pad(image, (PREVIEW_WIDTH, PREVIEW_HEIGHT), color="#eee"), (x, y))
+        text = "\n".join(wrap_caption(caption, font))
+        draw.multiline_text((x, y + PREVIEW_HEIGHT + gap // 2), text, "black", font)
+    return sheet
+
+
+def find_font(captions: Iterable[str]) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own font, or one of FONTS if a caption has Chinese in it."""
+    # Chinese, Japanese and Korean characters and their punctuation
+    if re.search("[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef]", "".join(captions)):
         for name in FONTS:
-            with suppress(OSError):
-                font = ImageFont.truetype(name, PREVIEW_LETTERS)
-                break
-        else:
-            print("preview.jpg lacks Chinese letters: install Noto Sans CJK, or name a font of yours in FONTS.")
-    across, down = width + gap, height + 2 * gap + PREVIEW_LINES * PREVIEW_LETTERS * 3 // 2
-    sheet = Image.new("RGB", (gap + PREVIEW_COLUMNS * across, gap - len(shown) // -PREVIEW_COLUMNS * down), "white")
-    for number, (image_id, caption) in enumerate(shown.items()):
-        x, y = gap + number % PREVIEW_COLUMNS * across, gap + number // PREVIEW_COLUMNS * down
-        with Image.open(Path(IMAGE_FOLDER, f"{image_id}.jpg")) as image:
-            sheet.paste(ImageOps.pad(image.convert("RGB"), PREVIEW_SIZE, color="#eee"), (x, y))
-        wraps = (textwrap.wrap(caption, size, max_lines=PREVIEW_LINES, placeholder="…") for size in range(99, 0, -1))
-        lines = next(lines for lines in wraps if max(map(font.getlength, lines)) <= width)
-        ImageDraw.Draw(sheet).multiline_text((x, y + height + gap // 2), "\n".join(lines), "black", font)
-    sheet.save(f"{IMAGE_FOLDER}/preview.part", "JPEG", quality=90)
-    os.replace(f"{IMAGE_FOLDER}/preview.part", f"{IMAGE_FOLDER}/preview.jpg")
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, PREVIEW_FONT_SIZE)
+        print("preview.jpg lacks Chinese letters. Install Noto Sans CJK, or add a font to FONTS.")
+    return ImageFont.load_default(PREVIEW_FONT_SIZE)
+
+
+def wrap_caption(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a caption into lines as wide as an image at most."""
+    # The narrowest letters are a quarter as wide as the font's size; others need shorter lines
+    for letters in range(1 + 4 * PREVIEW_WIDTH // PREVIEW_FONT_SIZE, 0, -1):
+        lines = textwrap.wrap(caption, letters, max_lines=PREVIEW_LINES, placeholder="…")
+        if max(map(font.getlength, lines)) <= PREVIEW_WIDTH:
+            break
+    return lines
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # not every console knows every character
+    """Go from the table to its images, the CSV and the preview."""
+    prepare_console()
+    handle_stop_signals(stop)
     check_constants()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        for folder in (IMAGE_FOLDER, CACHE_FOLDER, Path(CSV_PATH).parent):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(CACHE_FOLDER, "train_captions.zip")
-        table = fetch(path, table_urls(), read_table, "table") or fetch(path, [ANNOTATIONS_URL], read_table, "table")
-        if not table:
-            raise SystemExit("None of the sources above gives the caption table. Check the network, then run again.")
-        wanted = list(table)[:MAX_DATA_NUMBER]
-        missing = sum(not Path(IMAGE_FOLDER, f"{image_id}.jpg").exists() for image_id in wanted)
-        if len(wanted) < (MAX_DATA_NUMBER or 0):
-            print(f"MAX_DATA_NUMBER is {MAX_DATA_NUMBER}, but the table has {len(table)} images: taking all of them.")
-        print(f"{len(wanted):,} images, {missing:,} to be fetched: about {missing * IMAGE_BYTES / 1e6:,.0f} MB.")
-        if missing * IMAGE_BYTES > shutil.disk_usage(IMAGE_FOLDER).free:
-            raise SystemExit(f"The disk of {IMAGE_FOLDER} has less space: make room, or lower MAX_DATA_NUMBER.")
-        chosen = fetch_images(table, len(wanted)) or sys.exit("Not one image could be fetched, so no CSV is written.")
-        captions = write_csv(table, chosen)
-        write_preview(table, chosen)
-        for leftover in [*Path(IMAGE_FOLDER).glob("*.part"), *Path(CACHE_FOLDER).glob("*.part")]:
-            leftover.unlink()
-    except (OSError, ValueError) as error:  # ValueError: two drives of Windows
-        raise SystemExit(f"{error}. Make room, close the file if Excel has it open, or change the path.") from None
-    left_out = list(table).index(chosen[-1]) + 1 - len(chosen)
-    print(f"{len(chosen):,} images, {left_out} replaced; {captions:,} captions in {CSV_PATH}.")
+    check_csv_path()
+    for folder in (IMAGE_FOLDER, CACHE_FOLDER, Path(CSV_PATH).parent):
+        check_writable(folder)
+    remove_leftovers()
+    downloader = Downloader()
+    table = fetch_table(downloader)
+    wanted = plan_images(table)
+    chosen = fetch_images(downloader, table, wanted)
+    if not chosen:
+        raise SystemExit("Not one image could be downloaded, so no CSV was written.")
+    write_csv(table, chosen)
+    write_preview(table, chosen)
 
 
 if __name__ == "__main__":

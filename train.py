@@ -13,6 +13,7 @@ A *batch* is samples padded to tensors.
 """
 
 import base64
+import builtins
 import contextlib
 import copy
 import csv
@@ -39,7 +40,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import FrameType
 from typing import IO, Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
@@ -165,10 +166,12 @@ USES_FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate
 
 
 def check_path(path: str) -> str:
-    """Expand ~ in a path constant, and refuse text that can't be a path."""
+    """Expand ~ in a path constant, and refuse text that can't be a path here."""
     # "e:\new" is a line break between "e:" and "ew": Python reads \n as one character
     if not path.strip() or any(ord(character) < 32 for character in path):
         raise ValueError(r'it should be a path, such as "e:/LLM/new" or r"e:\LLM\new"')
+    if os.name != "nt" and PureWindowsPath(path).drive:
+        raise ValueError("it should be a path of this system, which has no drives")
     return os.path.expanduser(path)
 
 
@@ -190,7 +193,7 @@ def check_constants() -> None:
             checked = TypeAdapter(rule, config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
             reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
-            reason = " or ".join(reasons).replace("Input", "it")
+            reason = re.sub(r"\b(Input|String|List) should", "it should", " or ".join(reasons))
             raise SystemExit(
                 f"{name} = {value!r} at the top of {Path(__file__).name} can't work: {reason}."
             ) from None
@@ -204,7 +207,8 @@ def prepare_console() -> None:
         if stream is None:  # pythonw.exe has no console
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            stream.reconfigure(errors="replace")
+            # line by line, or what was printed to a log file is lost when the script is stopped
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -218,7 +222,9 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Non
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """End the script at once, without waiting for its threads."""
-    with contextlib.suppress(OSError):  # pythonw.exe has nothing to write to
+    if number == signal.SIGINT and "get_ipython" in dir(builtins):
+        raise KeyboardInterrupt  # ends a notebook's cell, and not the notebook
+    with contextlib.suppress(OSError):  # pythonw.exe and a closed terminal take no text
         os.write(2, b"\nStopped. Finished files are kept. Run again to continue.\n")
     os._exit(128 + number)
 

@@ -40,6 +40,32 @@ def test_modelscope_client_takes_and_resumes_a_model(tmp_path):
     assert listing["Data"]["Files"][1]["Sha256"] == hashlib.sha256(weights).hexdigest()
 
 
+def test_huggingface_client_takes_a_model(tmp_path):
+    """The real client accepts the listing, the headers and the redirect of a large file.
+
+    Otherwise tests of downloads from there would test something else than Hugging Face.
+    """
+    model = tmp_path / "model"
+    (model / "sub").mkdir(parents=True)
+    (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    (model / "sub" / "weights.safetensors").write_bytes(bytes(range(256)) * 400)
+    code = f"""
+import huggingface_hub as hf
+for file in hf.model_info({MODEL_ID!r}, files_metadata=True).siblings:
+    hf.hf_hub_download({MODEL_ID!r}, file.rfilename, local_dir="m")
+"""
+    with Hub(None, {MODEL_ID: model}) as hub:
+        environment = {**hub.huggingface_environment(), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=variables(environment), check=True
+        )
+        assert hub.refusals() == []
+    for name in ("config.json", "sub/weights.safetensors"):
+        assert (tmp_path / "m" / name).read_bytes() == (model / name).read_bytes()
+    large = [path for path in hub.requests if path.startswith("/cdn/")]
+    assert large == [f"/cdn/{MODEL_ID}/sub/weights.safetensors"]
+
+
 def test_guard_refuses_and_remembers(tmp_path):
     """A test without network proves nothing unless leaving the machine really fails and is seen even when swallowed."""
     code = """

@@ -4,7 +4,7 @@
 
 serves the pictures and captions of FOLDER (captions.csv with the columns image_path,caption) and, as
 Qwen/Qwen2-VL-2B-Instruct, the files of MODEL_FOLDER, prints the environment variables that lead the scripts here, and
-runs until Ctrl-C. It answers three hosts at once:
+runs until Ctrl-C. It answers four hosts at once:
 
 ModelScope      /api/v1/models/OWNER/NAME/repo/files            listing with sizes and sha256
                 /api/v1/models/OWNER/NAME/repo?FilePath=        one file, with Range
@@ -14,6 +14,9 @@ table's host    /open_data/coco_2014_caption/train2014.csv.zip  and the pictures
                 /coco/2014/train.csv.zip                        the older address of the same table
 COCO's host     /train2014/COCO_train2014_000000000009.jpg
                 /annotations/annotations_trainval2014.zip
+Hugging Face    /api/models/OWNER/NAME/revision/BRANCH          listing with sizes, SHA-256 or git's names of files
+                /OWNER/NAME/resolve/COMMIT/FILE                 one file, a large one by a redirect to
+                /cdn/OWNER/NAME/FILE                            another host, with Range
 """
 
 import csv
@@ -31,6 +34,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PORT = 8014  # by hand; a table fetched earlier names it, so it stays the same from start to start
@@ -96,6 +100,7 @@ class Hub:
         self.folder = Path(pictures) if pictures else None
         self.models = {name: Path(path) for name, path in (models or {}).items()}
         self.requests: list[str] = []
+        self.with_token: list[str] = []  # paths of requests that carried a token of the user's
         self.faults: dict[str, Callable[[Handler], None]] = {}
         self.loader_script: str | None = (
             None  # what the loader says; None: LOADER_SCRIPT with this hub's addresses
@@ -143,6 +148,10 @@ class Hub:
             "ALL_PROXY",
         )
         return variables | dict.fromkeys(proxies, "")
+
+    def huggingface_environment(self) -> dict[str, str]:
+        """Variables as in environment(), but for a script that is to download from Hugging Face."""
+        return {**self.environment(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": self.url}
 
     def constants(self, script: str) -> dict[str, object]:
         """Constants of `script` that name other sources than ModelScope, pointed at this hub."""
@@ -284,6 +293,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.server.hub
         hub.requests.append(self.path)
+        if self.headers.get("Authorization"):
+            hub.with_token.append(self.path)
         for beginning, fault in list(hub.faults.items()):
             if self.path.startswith(beginning):
                 return fault(self)
@@ -294,7 +305,14 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, share: float = 1.0) -> None:
         """Answer truly; with `share` below 1 the promised length is whole, but the connection ends after that part."""
         address = urlsplit(self.path)
+        reply = huggingface_reply(self.server.hub, unquote(address.path), parse_qs(address.query))
+        if reply and not isinstance(reply.body, Path):
+            return self.send(
+                reply.code, reply.body, "application/json", share, headers=reply.headers
+            )
         found = self.server.hub.find(unquote(address.path), parse_qs(address.query))
+        if reply:
+            found = reply.body
         if found is None:
             return self.send(404, as_json(None, code=404))
         if isinstance(found, bytes):
@@ -305,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
         last = min(int(start[2]), size - 1) if start and start[2] else size - 1
         if start and first >= size:
             return self.send(416, b"", headers={"Content-Range": f"bytes */{size}"})
-        headers = {"Accept-Ranges": "bytes"}
+        headers = {"Accept-Ranges": "bytes", **(reply.headers if reply else {})}
         if start:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         with open(found, "rb") as file:
@@ -347,6 +365,86 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments) -> None:
         """Silent: `requests` tells what was asked."""
+
+
+# Hugging Face
+
+COMMIT = "0c1d2e3f4a5b6c7d8e9f0c1d2e3f4a5b6c7d8e9f"  # of every repository
+BRANCHES = ("main", COMMIT)
+API_PATH = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
+RESOLVE_PATH = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+CDN_PATH = re.compile(r"/cdn/([^/]+/[^/]+)/(.+)")
+
+
+class Reply(NamedTuple):
+    code: int
+    body: Path | bytes
+    headers: dict[str, str]
+
+
+def huggingface_reply(hub: Hub, path: str, query: dict[str, list[str]]) -> Reply | None:
+    """What Hugging Face answers; None if the path is of another host."""
+    if match := API_PATH.fullmatch(path):
+        name, revision = match.groups()
+        return huggingface_refusal(hub, name, revision or "main") or huggingface_listing(
+            hub.models[name], "blobs" in query
+        )
+    if match := RESOLVE_PATH.fullmatch(path):
+        name, revision, file = match.groups()
+        refusal = huggingface_refusal(hub, name, revision, file)
+        return refusal or huggingface_file(hub, name, file)
+    if match := CDN_PATH.fullmatch(path):
+        return Reply(200, hub.models[match[1]] / match[2], {})
+    return None
+
+
+def huggingface_refusal(hub: Hub, name: str, revision: str, file: str = "") -> Reply | None:
+    """The answer to a request for something that isn't there."""
+    if name not in hub.models:  # it doesn't tell strangers which names there are
+        return Reply(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+    if revision not in BRANCHES:
+        return Reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+    if not (hub.models[name] / file).exists():
+        return Reply(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+    return None
+
+
+def huggingface_listing(folder: Path, with_blobs: bool) -> Reply:
+    """What the API says about a model; sizes and hashes only if asked for."""
+    files = []
+    for file in walk(folder):
+        entry = {"rfilename": file.relative_to(folder).as_posix()}
+        if with_blobs:
+            entry |= {"size": file.stat().st_size, "blobId": git_name(file)}
+            if is_large(file):
+                sha = describe(file.name, file)["Sha256"]
+                entry["lfs"] = {"sha256": sha, "size": file.stat().st_size, "pointerSize": 135}
+        files.append(entry)
+    model = {"_id": "0", "id": folder.name, "sha": COMMIT, "siblings": files, "tags": []}
+    return Reply(200, json.dumps(model).encode(), {})
+
+
+def huggingface_file(hub: Hub, name: str, path: str) -> Reply:
+    """A small file itself, or where a large one is: on another host, as the client sees it."""
+    file = hub.models[name] / path
+    headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_name(file)}"'}
+    if not is_large(file):
+        return Reply(200, file, headers)
+    sha = describe(file.name, file)["Sha256"]
+    headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(file.stat().st_size)}
+    headers["Location"] = f"{hub.url.replace('127.0.0.1', 'localhost')}/cdn/{name}/{path}"
+    return Reply(302, b"", headers)
+
+
+def is_large(file: Path) -> bool:
+    """Whether git LFS would keep it."""
+    return file.suffix == ".safetensors"
+
+
+def git_name(file: Path) -> str:
+    """The SHA-1 by which git knows a file's content."""
+    content = file.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 # Faults to put into Hub.faults

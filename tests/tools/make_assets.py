@@ -1,12 +1,16 @@
-"""Remake the pictures that README shows, from generated scenes: .github/assets/{preview,dashboard,report}.png.
+"""Remake the images that README shows, in .github/assets.
 
-    python tests/tools/make_assets.py
+    python tests/tools/make_assets.py            demo.png, preview.png, dashboard.png, report.png
+    python tests/tools/make_assets.py PHOTOS     coco.jpg and ATTRIBUTION.md
 
-It rehearses the four scripts as tests/demo.py does, about 2 minutes on 2 cores, then photographs what they leave:
-the contact sheet of data2csv.py, the run in `swanlab watch`, and report.html. It needs Chromium or Chrome.
+The first runs the CPU demo as tests/demo.py does, about 2 minutes on 2 cores, and takes screenshots
+of what it leaves, for which it needs Chromium or Chrome. The second draws a row of photos: PHOTOS
+holds captions.csv (image_path, caption) and ATTRIBUTION.csv (image_path, license_url, flickr_url,
+coco_url).
 """
 
 import contextlib
+import csv
 import os
 import random
 import shutil
@@ -14,12 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from demo import CONSTANTS, SCENES, rehearse
@@ -34,17 +39,25 @@ BROWSERS = (
     "chrome",
     "msedge",
 )
-DASHBOARD_SIZE, REPORT_SIZE = (1200, 1330), (1200, 1400)  # pixels of the browser's window
+DASHBOARD_SIZE = (1200, 1330)  # pixels of the browser's window
+REPORT_SIZE = (1400, 1600)
 WIDTH, COLOURS = 1200, 200  # of a PNG, at most: they keep each below 300 KB
+PHOTOS = ("000000000285", "000000012667", "000000215245", "000000427034")
+CELL = 290  # pixels of an image in a row of images
+GAP = 12
+LETTERS = 17  # pixels of a letter
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, or None."""
+    """Return the path of a Chromium, or None."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def browse(browser: str, address: str, *options: str) -> str:
-    """Open an address in a headless browser, give its scripts 30 seconds of their own clock; returns what it prints."""
+    """Open an address in a headless browser; return what it prints.
+
+    Its scripts get 30 seconds of their own clock.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         line = [
             browser,
@@ -64,7 +77,7 @@ def browse(browser: str, address: str, *options: str) -> str:
 
 @contextlib.contextmanager
 def dashboard(log_folder: Path) -> Iterator[str]:
-    """`swanlab watch` on a folder, for as long as the context lasts: the address of its first run's charts."""
+    """Run `swanlab watch` on a folder; yield the address of its first run's charts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,14 +100,12 @@ def dashboard(log_folder: Path) -> Iterator[str]:
 
 
 def shrink(picture: Path, target: Path) -> None:
-    """Save a picture as a small PNG, in one rename."""
+    """Save an image as a small PNG, in one rename."""
     with Image.open(picture) as image:
-        image = (
-            ImageOps.contain(image.convert("RGB"), (WIDTH, image.height))
-            if image.width > WIDTH
-            else image
-        )
-        palette = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        image = image.convert("RGB")
+        if image.width > WIDTH:
+            image = ImageOps.contain(image, (WIDTH, image.height))
+        palette = image.quantize(COLOURS, dither=Image.Dither.NONE)
         palette.save(f"{target}.tmp", "PNG", optimize=True)
     os.replace(f"{target}.tmp", target)
     print(f"{target}: {palette.width} x {palette.height}, {target.stat().st_size / 1000:.0f} KB")
@@ -108,25 +119,105 @@ def photograph(browser: str, address: str, size: tuple[int, int], target: Path) 
         shrink(picture, target)
 
 
-def main() -> None:
-    if not (browser := find_browser()):
-        raise SystemExit(
-            "The screenshots need Chromium or Chrome: install one (apt install chromium), then run again."
+def draw_row(cells: list[tuple[Image.Image, list[str]]], title: str = "") -> Image.Image:
+    """Draw images side by side, lines of text below each, and a title above all."""
+    font = ImageFont.load_default(LETTERS)
+    line_height = LETTERS * 3 // 2
+    top = GAP + (line_height + GAP if title else 0)
+    wrapped = []
+    for _, lines in cells:
+        wrapped.append([part for line in lines for part in wrap(line, font)])
+    height = top + CELL + GAP + max(map(len, wrapped)) * line_height + GAP
+    sheet = Image.new("RGB", (GAP + len(cells) * (CELL + GAP), height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), title, "#555", font)
+    for number, (image, _) in enumerate(cells):
+        left = GAP + number * (CELL + GAP)
+        sheet.paste(ImageOps.fit(image.convert("RGB"), (CELL, CELL)), (left, top))
+        for row, text in enumerate(wrapped[number]):
+            place = (left, top + CELL + GAP + row * line_height)
+            colour = "#555" if text.startswith(("before", "after")) else "black"
+            pen.text(place, text, colour, font)
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a text into lines that are no wider than an image."""
+    for letters in range(60, 10, -1):
+        lines = textwrap.wrap(text, letters)
+        if max(map(font.getlength, lines)) <= CELL:
+            return lines
+    raise ValueError(f"a word of {text!r} is wider than an image")
+
+
+def draw_demo(results: dict, target: Path) -> None:
+    """Draw what the small model says of four held-out scenes, before and after."""
+    cells = []
+    for row in results["captions"][:4]:
+        image = Image.open(row["images"][0]["path"])
+        lines = ["before", row["base"]["text"], "after", row["fine_tuned"]["text"]]
+        cells.append((image, lines))
+    title = (
+        "CPU demo: a Qwen2-VL of 1.3 million parameters, on generated shapes it was not trained on"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder, "picture.png")
+        draw_row(cells, title).save(picture)
+        shrink(picture, target)
+
+
+def draw_photos(folder: Path) -> None:
+    """Draw coco.jpg, four photos with a human caption each, and list their sources."""
+    captions = {row["image_path"]: row["caption"] for row in reversed(read_csv(folder, "captions"))}
+    cells, sources = [], []
+    for row in read_csv(folder, "ATTRIBUTION"):
+        path = row["image_path"]
+        if Path(path).stem not in PHOTOS:
+            continue
+        cells.append((Image.open(folder / path), [captions[path]]))
+        sources.append(
+            f"* [COCO {Path(path).stem}]({row['coco_url']}): [photo]({row['flickr_url']}), "
+            f"[CC BY 2.0]({row['license_url']}), cropped and resized"
         )
+    target = ASSETS / "coco.jpg"
+    draw_row(cells).save(target, quality=88, optimize=True)
+    print(f"{target}: {target.stat().st_size / 1000:.0f} KB")
+    heading = (
+        "# The photos of coco.jpg\n\nFrom COCO val2017, left to right. The captions: CC BY 4.0.\n\n"
+    )
+    (ASSETS / "ATTRIBUTION.md").write_text(heading + "\n".join(sources) + "\n", encoding="utf-8")
+
+
+def read_csv(folder: Path, name: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV."""
+    with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def take_screenshots() -> None:
+    """Run the CPU demo and take screenshots of what it leaves."""
+    browser = find_browser()
+    if not browser:
+        raise SystemExit("The screenshots need Chromium or Chrome. Install one and run again.")
     with tempfile.TemporaryDirectory(prefix="assets_") as place:
         folder = Path(place)
         write_folder(folder / "scenes", random.Random(0).sample(all_scenes(), SCENES))
-        rehearse(
-            folder / "scenes",
-            folder,
-            {script: dict(values) for script, values in CONSTANTS.items()},
-        )
-        ASSETS.mkdir(parents=True, exist_ok=True)
+        constants = {script: dict(values) for script, values in CONSTANTS.items()}
+        results = rehearse(folder / "scenes", folder, constants)
+        draw_demo(results, ASSETS / "demo.png")
         shrink(folder / "coco_2014_caption/preview.jpg", ASSETS / "preview.png")
         with dashboard(folder / "swanlog") as address:
             photograph(browser, address, DASHBOARD_SIZE, ASSETS / "dashboard.png")
         report = (folder / "output/Qwen2-VL-2B/report.html").as_uri()
         photograph(browser, report, REPORT_SIZE, ASSETS / "report.png")
+
+
+def main() -> None:
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    if len(sys.argv) == 2:
+        draw_photos(Path(sys.argv[1]))
+    else:
+        take_screenshots()
 
 
 if __name__ == "__main__":

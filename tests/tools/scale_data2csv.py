@@ -1,10 +1,11 @@
-"""data2csv.py on a table as large as the real one: pictures a second and memory, killed once in between.
+"""data2csv.py on a table as large as the real one: images per second and memory, killed once.
 
     python tests/tools/scale_data2csv.py [IMAGES]
 
-makes up a table of 82,783 images and 414,113 captions and a picture of 60 KB for each, serves them from a process of
-its own, and runs data2csv.py for the first IMAGES (all of them, without a number: 5 GB of disk, some minutes) in a
-temporary folder: killed after a while, run to the end, and run once more when all is there. POSIX only.
+makes up a table of 82,783 images and 414,113 captions and an image of 60 KB for each, serves them
+from a process of its own, and runs data2csv.py for the first IMAGES in a temporary folder: killed
+after a while, run to the end, and run once more when all is there. Without a number it takes all
+of them: 5 GB of disk, some minutes. POSIX only.
 """
 
 import csv
@@ -27,7 +28,7 @@ KILLED_AFTER = 20  # seconds
 
 
 class BigHub(Hub):
-    """A hub that makes up its table, and gives the same few pictures for all addresses."""
+    """A hub that makes up its table, and gives the same few images for all addresses."""
 
     def __init__(self, size: tuple[int, int] = (640, 480)):
         super().__init__(Path(__file__).parent)  # a folder that is there: nothing in it is served
@@ -66,7 +67,8 @@ def made_up_picture(size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-# A process starts with the peak of the one that forked it, and pytest with torch is large: so a small one forks.
+# A process starts with the peak memory of the one that forked it, and pytest with torch is large:
+# so a small one forks.
 FORK = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
 FORK += "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 
@@ -102,19 +104,15 @@ def main() -> None:
         there = len(list(images.glob("*.jpg"))) if images.exists() else 0
         seconds, memory = measure(folder, environment, MAX_DATA_NUMBER=wanted)
         left = wanted - there
-        print(
-            f"Killed after {KILLED_AFTER} s with {there:,} images; the other {left:,}, and the check of those,"
-        )
-        print(f"in {seconds:.0f} s: {left / seconds:.0f} images a second, {memory:.0f} MB")
+        print(f"Killed after {KILLED_AFTER} s with {there:,} images. The other {left:,}, and the")
+        print(f"check of those: {seconds:.0f} s, {left / seconds:.0f} per second, {memory:.0f} MB")
         seconds, memory = measure(folder, environment, MAX_DATA_NUMBER=wanted)
-        print(
-            f"All there: {seconds:.0f} s, {wanted / seconds:.0f} images a second, {memory:.0f} MB"
-        )
+        print(f"All there: {seconds:.0f} s, {wanted / seconds:.0f} per second, {memory:.0f} MB")
         paths = {row["image_path"] for row in read_csv(folder / "coco-2024-dataset.csv")}
         assert (
             len(paths) == wanted == len([path for path in images.iterdir() if path.stem.isdigit()])
         )
-        assert not list(folder.rglob("*.part"))
+        assert not list(folder.rglob("*.tmp"))
     ours.send("done")
     server.join()
 

@@ -1,0 +1,184 @@
+"""Run one script many times without paying for its imports each time.
+
+`import torch` and `import transformers` take five seconds, and a test of downloads wants a process
+of its own for each run: its own folder, environment, signals and exit code. So one process, the
+server, imports the script once. For each run it forks: the child is a process that has imported
+everything already. What the script reads from the environment while it is imported, the addresses
+and limits of the hubs' clients, is imported anew in the child.
+
+    runner = Runner("load_model.py")
+    done = runner(folder, hub.environment(), LORA_RANK=8)  # from start to end
+    run = runner.start(folder, hub.environment())  # a run that is under way
+    os.kill(run.pid, signal.SIGKILL)
+    done = runner.end(run)
+    runner.close()
+
+The server reads one line of JSON for each job and answers with one. Windows has no fork: there, a
+run is a process as any other, and `start` is not available.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import TESTS, run_script, variables
+from support.launch import load
+
+# Modules that read the environment while they are imported, below the script itself
+REREAD = ("modelscope_hub",)
+
+
+class Run(NamedTuple):
+    """A run under way: its process, and where it prints to."""
+
+    pid: int
+    out: Path
+    err: Path
+
+
+class Runner:
+    """The process that imported a script, seen from a test."""
+
+    def __init__(self, script: str, environment: dict[str, str]):
+        self.script = script
+        if os.name == "nt":
+            return
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "support.fork_runner", script],
+            cwd=TESTS,
+            # Prints are buffered as at a user's, whatever this test run's environment says
+            env={**variables(environment), "PYTHONUNBUFFERED": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self.process.stdout.readline()  # "ready"
+
+    def ask(self, **job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(
+        self,
+        work: Path,
+        env: dict[str, str | None],
+        hold: str = "",
+        ignore: tuple[str, ...] = (),
+        **constants,
+    ) -> Run:
+        """Begin a run in the folder `work`; a variable in `env` that is None is unset.
+
+        At the function named by `hold` it waits until a signal ends it. The signals in `ignore`
+        are ignored from the start, as nohup does with SIGHUP.
+        """
+        out, err = work.with_name(f"{work.name}.out"), work.with_name(f"{work.name}.err")
+        for path in (out, err):
+            path.write_text("")  # else a test could read what the run before has printed
+        pid = self.ask(
+            cwd=str(work),
+            env=env,
+            hold=hold,
+            ignore=ignore,
+            constants=constants,
+            out=str(out),
+            err=str(err),
+        )
+        return Run(pid, out, err)
+
+    def end(self, run: Run, timeout: float = 60) -> subprocess.CompletedProcess:
+        """Wait for the end of a run; after `timeout` seconds it is killed."""
+        code = self.ask(wait=run.pid, timeout=timeout)
+        out, err = (path.read_text("utf-8", "replace") for path in (run.out, run.err))
+        return subprocess.CompletedProcess([], code, out, err)
+
+    def __call__(self, work: Path, env: dict[str, str], **constants) -> subprocess.CompletedProcess:
+        if os.name == "nt":
+            return run_script(self.script, work, env, **constants)
+        return self.end(self.start(work, env, **constants))
+
+    def close(self) -> None:
+        if os.name != "nt":
+            self.process.stdin.close()
+            assert self.process.wait(10) == 0
+
+
+# The server
+
+
+def serve(script: str) -> None:
+    """Answer the jobs on stdin, one line each."""
+    load(script, [])
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            print(reap(job["wait"], time.monotonic() + job["timeout"]), flush=True)
+        elif pid := os.fork():
+            print(pid, flush=True)
+        else:
+            # Never back into this loop, not even by an error of this file
+            shown = os.dup(2)
+            try:
+                os._exit(run(script, job))
+            except BaseException:
+                os.write(shown, traceback.format_exc().encode())
+            finally:
+                os._exit(99)
+
+
+def run(script: str, job: dict) -> int:
+    """Be the run, in a child of the server; return its exit code."""
+    os.chdir(job["cwd"])
+    for name, value in job["env"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for number, path in ((1, job["out"]), (2, job["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    # As at a user's; these tests may themselves run under nohup, which ignores SIGHUP
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for name in job["ignore"]:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in [name for name in sys.modules if name.partition(".")[0] in REREAD]:
+        del sys.modules[name]
+    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    try:
+        constants = [f"{name}={json.dumps(value)}" for name, value in job["constants"].items()]
+        module = load(script, constants)
+        if job["hold"]:
+            setattr(module, job["hold"], lambda *_: time.sleep(600))
+        module.main()
+        code = 0
+    except SystemExit as error:
+        code = 1
+        print(error.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def reap(pid: int, deadline: float) -> int:
+    """Wait for a run and return its exit code; kill it after the deadline."""
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(done[1])
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
