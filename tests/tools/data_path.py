@@ -15,6 +15,7 @@ from types import ModuleType
 import datasets
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from support.launch import load
@@ -50,10 +51,8 @@ def time_batches(train: ModuleType, captions: int) -> float:
         samples.append(sample)
         [image] = train.images_of(sample)
         features.write(image, torch.zeros(features.tokens(image), features.width))
-    with torch.device("meta"):
-        from transformers import Qwen2VLForConditionalGeneration
-
-        model = Qwen2VLForConditionalGeneration._from_config(base.config)
+    with torch.device("meta"):  # the collator asks it for positions, not for numbers
+        model = AutoModelForImageTextToText.from_config(base.config)
     collator = train.Collator(base, features, model)
     loader = torch.utils.data.DataLoader(
         datasets.Dataset.from_list(samples),
