@@ -124,6 +124,11 @@ def test_arithmetic_of_the_other_shapes(train):
 # ---- Memory
 
 
+def skip_without_bitsandbytes(four_bits: bool) -> None:
+    if four_bits and not memory.has_bitsandbytes:
+        pytest.skip("bitsandbytes is not installed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("four_bits", [False, True])
@@ -132,6 +137,7 @@ def test_the_trial_pass_announces_what_training_takes(train, four_bits, checkpoi
 
     Otherwise BATCH_SIZE = "auto" takes what does not fit, or leaves memory unused.
     """
+    skip_without_bitsandbytes(four_bits)
     training = memory.Training(train, shapes.QWEN2_VL_2B, four_bits)
     counted = training.count(4, checkpointing)
     assert training.measure(4, checkpointing) == pytest.approx(counted, rel=0.02)
@@ -147,6 +153,7 @@ def test_the_estimate_of_load_model_py(train, setting):
     script = load("load_model.py", [])
     if not memory.knows_4_bits(script):
         pytest.skip("load_model.py's estimate is still the one with the vision tower")
+    skip_without_bitsandbytes(setting.four_bits)
     for images in (1, 16):
         counted = memory.count_setting(train, setting, images)
         estimated = memory.estimate_setting(script, setting, images)

@@ -7,6 +7,7 @@ mask, and dropout keeps a byte for each number. What CUDA takes for itself is no
 """
 
 import contextlib
+import importlib.util
 import inspect
 import os
 import tempfile
@@ -16,7 +17,6 @@ from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
-import bitsandbytes
 import datasets
 import torch
 import transformers
@@ -34,6 +34,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
+
+# peft knows a layer in 4 bits by its class; without bitsandbytes only 16 bits are counted
+has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+if has_bitsandbytes:
+    from bitsandbytes.nn import Linear4bit
+else:
+    Linear4bit = torch.nn.Module
 
 GIB = 2**30
 CONTEXT = 0.8  # GiB that CUDA takes for itself on a GPU
@@ -105,7 +112,7 @@ class MultiplyIn4Bits(torch.autograd.Function):
         return gradient @ ctx.layer.whole(gradient.dtype), None
 
 
-class LinearIn4Bits(bitsandbytes.nn.Linear4bit):
+class LinearIn4Bits(Linear4bit):
     """Stands for bitsandbytes' layer, whose own tensors can't be fake."""
 
     def __init__(self, layer: torch.nn.Linear) -> None:
@@ -336,6 +343,9 @@ def memory_table(
     train.quiet_libraries()
     rows = []
     for setting in settings:
+        if setting.four_bits and not has_bitsandbytes:
+            print(f"Not in the table, as bitsandbytes is not installed: {setting}\n")
+            continue
         for images in batch_sizes:
             counted = count_setting(train, setting, images)
             row = {
