@@ -162,6 +162,7 @@ SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # what only the chat template may writ
 END_OF_TURN = "<|im_end|>"  # the chat template ends every turn with it
 IGNORE = -100  # label of a token that is not learned
 PADDING, PROMPT = -1, 0  # owners of tokens; caption number k owns its tokens as k = 1, 2, ...
+PORTION = 5000  # samples that are made into a table at a time
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # one of several processes speaks for all
 USES_FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by accelerate launch
 
@@ -749,6 +750,8 @@ def read_examples(path: str, base: Base) -> list[Example]:
             conversations.append((number, turns))
         except ValueError as reason:
             problems.append(f"record {number} {reason}")
+    total = len(records)
+    del records  # conversations has what is needed: for all of COCO that frees half a GB
     inspected = inspect_images(paths.values(), base.side)
     images = {name: inspected[path] for name, path in paths.items()}
     examples = []
@@ -757,7 +760,7 @@ def read_examples(path: str, base: Base) -> list[Example]:
             examples += make_examples(turns, images, base)
         except ValueError as reason:
             problems.append(f"record {number} {reason}")
-    refuse_or_drop(problems, f"{len(problems)} of {len(records)} records of {path}", examples)
+    refuse_or_drop(problems, f"{len(problems)} of {total} records of {path}", examples)
     return examples
 
 
@@ -861,7 +864,11 @@ def gather_samples(examples: list[Example]) -> datasets.Dataset:
         sample["references"].append(example.reference)
         sample["tokens"] += cost
         sample["learned"] += len(example.answer)
-    return datasets.Dataset.from_list(samples)
+    # in portions, because from_list copies what it gets: most of a GB for all of COCO
+    portions = []
+    for start in range(0, len(samples), PORTION):
+        portions.append(datasets.Dataset.from_list(samples[start : start + PORTION]))
+    return datasets.concatenate_datasets(portions)
 
 
 def images_of(sample: dict) -> list[ImageFile]:

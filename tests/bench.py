@@ -1,475 +1,396 @@
-"""What train.py costs, beside the recipe that tutorials of late 2024 document and, where installed, TRL's SFTTrainer.
+"""What train.py costs, beside the documented recipe of late 2024, TRL's SFTTrainer and ms-swift.
 
-    python tests/bench.py --tiny     a small model on one CPU thread: time, memory, disk; takes 10 minutes
-    python tests/bench.py --flops    arithmetic of the real 2B shape, counted without any weights; 1 minute
-    python tests/bench.py --gpu      the real 2B shape with random weights on the CUDA card; 20 minutes, 5 GB of disk
+    python tests/bench.py --small    a small model with the real one's proportions, on one thread
+                                     [--trl PYTHON] [--swift PYTHON] [--rounds 3]; an hour with both
+    python tests/bench.py --flops    arithmetic of the real shapes, counted without any weights
+    python tests/bench.py --memory   memory of 2B and 7B on a GPU, counted likewise; 10 minutes
+    python tests/bench.py --gpu      the real 2B shape with random weights on the GPU; 20 minutes
 
-Prints Markdown tables, every row measured in this run: each variant in a process and a folder of its own, one after the
-other, ROUNDS times over; a row is the median of its rounds. Pictures are drawn by scenes.py, the tokenizer is that of
-support/tiny_qwen2vl. train.py runs as it is, from main(); only the captions before its first step, which the others
-don't write, are left out.
+Prints Markdown tables, every row measured in this run: each variant in a process and a folder of
+its own, one after the other, several rounds; a row is the median of its rounds. Images are drawn
+by scenes.py, the tokenizer is that of support/tiny_qwen2vl. train.py runs as it is, from main() to
+the saved adapter; only captions and scores, which the others don't make, are left out.
+
+TRL and ms-swift need other versions of some packages: PYTHON is the interpreter of an environment
+in which one of them is installed (ms-swift 4, TRL 1). Without it there is no row for it.
 """
 
 import argparse
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, islice, pairwise, repeat
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
-from unittest.mock import patch
 
-import datasets
-import psutil
 import torch
 import transformers
 from support import scenes
 from support.launch import load
-from tools.flops import REAL_SHAPE, flops_table, on_off
-from tools.recipes import dtype, on_card, run_documented, run_trl
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2VLForConditionalGeneration
+from tools.flops import flops_table, on_off
+from tools.memory import memory_table
+from tools.recipes import IMAGES_PER_STEP, Run, choose_dtype, on_gpu
+from tools.shapes import QWEN2_VL_2B, SMALL, make_config
+from transformers import AutoModelForImageTextToText
 
-# ---------------------------------------------------------------------------------------------------------------------
-TINY = Path(__file__).resolve().parent / "support/tiny_qwen2vl"
-FILE_SIDE = (
-    480  # pixels of the pictures' files, about as COCO's; the model sees them at recipes.SIDE
-)
-ROUNDS, STEPS = 3, 3  # a process does one optimizer step to warm up and STEPS that are timed
-PICTURES = 200  # that are trained on while the time to the first step is taken
-ANSWER_TOKENS = {
-    1: 8,
-    5: 43,
-}  # of a scene's captions with what is around them, a mean: for load_model.py's estimate
-LOADER_SAMPLES, LOADER_BATCHES = (200, 2_000, 20_000), 100
-TINY_SHAPE = {
-    "vocab_size": 151936,
-    "num_hidden_layers": 4,
-    "vision_config": {"depth": 4},
-}  # a small model, real words
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+TESTS = Path(__file__).resolve().parent
+TINY = TESTS / "support/tiny_qwen2vl"
+FILE_SIDE = 480  # pixels of the images' files, about as COCO's; the model sees them at recipes.SIDE
+IMAGES = 200  # that are trained on
+ROUNDS = 3
+STEPS = 3  # that are timed on a GPU, after one to warm up
+ANSWER_TOKENS = {1: 8, 5: 43}  # of a scene's captions with what is around them, a mean
+# --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """One variant in one configuration."""
-
-    variant: str  # "documented", "train.py" or "TRL"
-    captions: int = 1  # of a picture
-    batch: int = 4
-    accumulation: int = 4
-    checkpointing: bool = True  # of train.py; the others have it on
-    steps: int = STEPS
-    count: bool = False  # count the arithmetic of one more step
+# ---- What is trained on
 
 
-class Enough(BaseException):  # no error: train.py tells of errors and ends
-    """Ends a training that has been timed."""
-
-
-class Stopwatch(transformers.TrainerCallback):
-    """Times the optimizer steps of any Trainer in this process, from the end of one to the end of the next."""
-
-    def __init__(self, run):
-        self.run, self.ends, self.waits, self.flops, self.found = run, [], [], 0, {}
-        transformers.trainer.DEFAULT_CALLBACKS.append(self)
-        fetch, step = transformers.Trainer.get_batch_samples, transformers.Trainer.training_step
-
-        def timed_fetch(*args, **kwargs):
-            start = time.perf_counter()
-            batches = fetch(*args, **kwargs)
-            self.waits.append(time.perf_counter() - start)
-            return batches
-
-        def counted_step(*args, **kwargs):
-            counts = len(self.ends) > run.steps
-            with FlopCounterMode(display=False) if counts else contextlib.nullcontext() as counter:
-                loss = step(*args, **kwargs)
-            self.flops += counter.get_total_flops() if counts else 0
-            return loss
-
-        transformers.Trainer.get_batch_samples, transformers.Trainer.training_step = (
-            timed_fetch,
-            counted_step,
-        )
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        raise RuntimeError("an evaluation is no part of what is timed")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if on_card:
-            torch.cuda.synchronize()
-        self.ends.append(time.time())
-        if len(self.ends) == self.run.steps + 1 and on_card:
-            self.found["peak"] = torch.cuda.max_memory_allocated()
-            self.found["reserved"] = torch.cuda.max_memory_reserved()
-        if len(self.ends) == self.run.steps + 1 + self.run.count:
-            raise Enough
-
-    def result(self):
-        """Seconds to the end of the first step, of a step and of its wait for pictures; FLOP of a step; bytes."""
-        first = self.ends[0] - psutil.Process().create_time()
-        step = statistics.median(
-            after - before for before, after in pairwise(self.ends[: self.run.steps + 1])
-        )
-        wait = statistics.median(self.waits[1 : self.run.steps + 1])
-        return self.found | {
-            "first": first,
-            "step": step,
-            "wait": wait,
-            "flops": self.flops,
-            "rss": peak_rss(),
-        }
-
-
-def peak_rss():
-    """Most bytes of RAM this process ever held; Linux' getrusage() would count the process that started it as well."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return 1024 * int(line.split()[1])
-
-
-def pixel_bytes(folder):
-    """Bytes of the data-set files below a folder that hold pixels."""
-    files = ((file, datasets.Dataset.from_file(str(file))) for file in folder.rglob("*.arrow"))
-    return sum(file.stat().st_size for file, table in files if "pixel_values" in table.column_names)
-
-
-def read_records(folder, captions):
-    """As many records as train.py trains on: all but those of one picture, which it holds out."""
-    return json.loads((folder / f"data_{captions}.json").read_text(encoding="utf-8"))[:-captions]
-
-
-def run_train_py(run, folder):
-    """train.py itself, from main(): what it does before the first step counts, but for the captions of the model."""
-    train = load("train.py", [])
-    train.DATA_JSON, train.MODEL_FOLDER = (
-        str(folder / f"data_{run.captions}.json"),
-        str(folder / "model"),
-    )
-    train.BATCH_SIZE, train.GRADIENT_ACCUMULATION = run.batch, run.accumulation
-    train.GRADIENT_CHECKPOINTING, train.TEST_IMAGES, train.SWANLAB_MODE = (
-        run.checkpointing,
-        1,
-        "disabled",
-    )
-    build_trainer = train.build_trainer
-
-    def build_without_captions(*args):
-        trainer = build_trainer(*args)
-        trainer.args.eval_on_start = False
-        trainer.logged = (
-            time.monotonic(),
-            0,
-        )  # what an evaluation leaves: training's time counts from there
-        return trainer
-
-    train.build_trainer = build_without_captions
-    train.main()
-
-
-def time_run(run, folder):
-    """In a child process: do a run in the current folder until it has been timed."""
-    watch = Stopwatch(run)
-    try:
-        if run.variant == "train.py":
-            run_train_py(run, folder)
-        else:
-            recipe = {"documented": run_documented, "TRL": run_trl}[run.variant]
-            recipe(run, read_records(folder, run.captions), folder / "model")
-    except Enough:
-        return watch.result() | {"pixels": pixel_bytes(Path.cwd())}
-    raise RuntimeError(f"{run.variant} ended before {run.steps + 1} steps")
-
-
-def weigh_loader(samples, folder):
-    """In a child process: most RAM of train.py's loader (two worker processes) and of the process that holds it."""
-    train, records = load("train.py", []), read_records(folder, 1)
-    train.MODEL_FOLDER, train.DATA_JSON, train.IMAGE_FOLDERS = (
-        str(folder / "model"),
-        "data_vl.json",
-        [str(folder)],
-    )
-    many = [json.loads(json.dumps(records[number % len(records)])) for number in range(samples)]
-    for number, record in enumerate(
-        many
-    ):  # two records of one picture and one prompt would become one sample
-        record["conversations"][0]["value"] = f"{number}: {record['conversations'][0]['value']}"
-    Path(train.DATA_JSON).write_text(json.dumps(many), encoding="utf-8")
-    processor, config = train.load_processor()
-    train.split_by_picture = lambda conversations: (
-        conversations,
-        conversations[:1],
-    )  # none is held out
-    table = train.prepare_tables(processor, resuming=None)["train"]
-    workers = {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True}
-    loader = DataLoader(
-        table, 4, shuffle=True, collate_fn=train.CaptionCollator(processor, config), **workers
-    )
-    peak = 0
-    for _ in islice(chain.from_iterable(repeat(loader)), LOADER_BATCHES):
-        children = [
-            child
-            for child in psutil.Process().children()
-            if "spawn_main" in " ".join(child.cmdline())
-        ]
-        peak = max(peak, sum(child.memory_info().rss for child in children))
-    heads = ("samples", "peak RSS of 2 loader workers, MB", "of the main process, MB")
-    return dict(
-        zip(heads, (f"{len(table):,}", f"{peak / 1e6:.0f}", f"{peak_rss() / 1e6:.0f}"), strict=True)
-    )
-
-
-def work_in(cwd, task, what, folder):
-    os.chdir(cwd)
-    with contextlib.redirect_stdout(sys.stderr):  # what the programs say is no part of the table
-        return task(what, folder)
-
-
-def start(task, what, folder):
-    """Return task(what, folder), done in a process and a working folder of its own."""
-    print(task.__name__, what, file=sys.stderr)
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cwd,
-        ProcessPoolExecutor(1, spawn) as child,
-    ):
-        return child.submit(work_in, cwd, task, what, folder).result()
-
-
-def time_runs(runs, folder, rounds):
-    """Do all runs, rounds times over; return [(run, median of each value)] of those that the memory allows."""
-    results = [(run, []) for run in runs]
-    for run, found in results * rounds:
-        try:
-            found.append(start(time_run, run, folder))
-        except (
-            SystemExit,
-            torch.OutOfMemoryError,
-        ) as reason:  # of train.py, before its first step; of the others
-            print(f"Not in the table: {run}: {reason}\n")
-    results = [(run, found) for run, found in results if found]
-    return [
-        (run, {name: statistics.median(one[name] for one in found) for name in found[0]})
-        for run, found in results
-    ]
-
-
-def write_data(folder, pictures):
-    """Scenes as pictures, and data_1.json and data_5.json with their captions in the form that csv2json.py gives."""
-    rng, records = random.Random(0), {1: [], 5: []}
-    for number, scene in enumerate(rng.choices(scenes.all_scenes(), k=pictures)):
+def write_data(folder: Path, images: int) -> None:
+    """Draw scenes, and write their captions as csv2json.py does: data_1.json and data_5.json."""
+    rng = random.Random(0)
+    records = {1: [], 5: []}
+    for number, scene in enumerate(rng.choices(scenes.all_scenes(), k=images)):
         path = folder / f"{number}.jpg"
         scenes.draw(scene, rng, FILE_SIDE).save(path, quality=92)
-        question = {
-            "from": "user",
-            "value": f"请描述这张图片: <|vision_start|>{path}<|vision_end|>",
-        }
-        for captions in records:
-            answers = (
-                {"from": "assistant", "value": text} for text in scenes.terse(scene)[:captions]
-            )
-            records[captions] += [{"conversations": [question, answer]} for answer in answers]
-    for captions, of_all in records.items():
-        (folder / f"data_{captions}.json").write_text(json.dumps(of_all), encoding="utf-8")
+        question = f"请描述这张图片: <|vision_start|>{path}<|vision_end|>"
+        for captions, found in records.items():
+            for text in scenes.terse(scene)[:captions]:
+                turns = [{"from": "user", "value": question}, {"from": "assistant", "value": text}]
+                found.append({"conversations": turns})
+    for captions, found in records.items():
+        text = json.dumps(found, ensure_ascii=False)
+        (folder / f"data_{captions}.json").write_text(text, encoding="utf-8")
 
 
-def write_model(folder, shape):
-    """A model of this shape with random weights and the small model's tokenizer, as folder/model."""
+def write_model(folder: Path, shape: dict) -> None:
+    """Write a model of this shape with random weights and the small tokenizer, as folder/model."""
     shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
     own = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
-    config = own | shape | {"vision_config": own["vision_config"] | shape.get("vision_config", {})}
-    with torch.device("cuda" if on_card else "cpu"):
-        model = Qwen2VLForConditionalGeneration._from_config(
-            transformers.Qwen2VLConfig(**config), dtype=dtype
-        )
+    # the tokenizer's own ids for images
+    ids = {name: number for name, number in own.items() if name.endswith("_token_id")}
+    config = make_config({**shape, **ids})
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(config.text_config, name, own[name])
+    with torch.device("cuda" if on_gpu else "cpu"):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=choose_dtype())
     model.save_pretrained(folder / "model")
+    # its own settings, not those that transformers derives
+    shutil.copy(TINY / "generation_config.json", folder / "model")
 
 
 @contextlib.contextmanager
-def workshop(pictures, shape):
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        write_data(Path(folder), pictures)
-        write_model(Path(folder), shape)
+def workshop(images: int, shape: dict) -> Iterator[Path]:
+    """Make a folder with images, captions and model, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        # train.py holds one out
+        write_data(folder, images + 1)
+        write_model(folder, shape)
         torch.cuda.empty_cache()
-        yield Path(folder)
+        yield folder
 
 
-def tiny_tables(pictures=PICTURES, rounds=ROUNDS, loader_samples=LOADER_SAMPLES):
-    """What an optimizer step of 16 pictures costs, and the RAM of the loader."""
+# ---- Runs, each in a process of its own
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the variables of a run: whatever it keeps for later counts as written by it."""
+    return {
+        **os.environ,
+        "PYTHONUTF8": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def start(run: Run, folder: Path, python: str = sys.executable) -> dict[str, float] | None:
+    """Do a run; returns what it cost, None if it failed."""
+    print(run, file=sys.stderr, flush=True)
+    command = [python, str(TESTS / "tools/timed.py"), json.dumps(run._asdict()), str(folder)]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        home = Path(name)
+        began = time.monotonic()
+        with open(home / "log", "w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=home,
+                env=environment(home),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.monotonic() - began
+        if not (home / "cost.json").is_file():
+            log = (home / "log").read_text(encoding="utf-8", errors="replace")
+            print(f"Not in the table: {run}: {log[-2000:]}")
+            return None
+        cost = json.loads((home / "cost.json").read_text(encoding="utf-8"))
+        written = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+        cost["wall"] = wall
+        cost["cpu"] = usage.ru_utime + usage.ru_stime
+        cost["written"] = written
+        # an hour's table comes at its end; whoever stops it before has these
+        print(json.dumps(cost), file=sys.stderr, flush=True)
+        return cost
+
+
+def time_runs(
+    runs: list[Run], folder: Path, rounds: int, pythons: dict[str, str] | None = None
+) -> list[tuple[Run, dict]]:
+    """Do all runs in turns, several rounds; returns those that work with the medians of costs."""
+    pythons = pythons or {}
+    found = {run: [] for run in runs}
+    for _ in range(rounds):
+        for run in runs:
+            cost = start(run, folder, pythons.get(run.variant, sys.executable))
+            if cost:
+                found[run].append(cost)
+    results = []
+    for run, costs in found.items():
+        if costs:
+            results.append((run, medians(costs)))
+    return results
+
+
+def medians(costs: list[dict]) -> dict:
+    """Return the median of each number, and how many there were."""
+    result = {"rounds": len(costs)}
+    for name, value in costs[0].items():
+        numbers = [cost[name] for cost in costs]
+        result[name] = value if isinstance(value, str) else statistics.median(numbers)
+    return result
+
+
+# ---- --small
+
+
+def small_runs(pythons: dict[str, str]) -> tuple[list[Run], list[Run]]:
+    """Return the runs of every round, and those of one round alone, as they take long.
+
+    The documented recipe and TRL would take five times as long with five captions, too.
+    """
     runs = [
         Run("documented"),
         Run("train.py", checkpointing=False),
-        Run("train.py", 5, checkpointing=False),
+        Run("train.py", captions=5, checkpointing=False),
     ]
-    runs += [Run("TRL")] if importlib.util.find_spec("trl") else []
-    rows = []
-    with workshop(pictures + 1, TINY_SHAPE) as folder, patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        timed = time_runs(runs, folder, rounds)
-        loaders = [start(weigh_loader, samples, folder) for samples in loader_samples]
-    (_, base), *_ = timed
-    for run, found in timed:
-        caption = found["step"] / 16 / run.captions
-        row = {
-            "variant": run.variant,
-            "captions a picture": run.captions,
-            "s a step": f"{found['step']:.2f}",
-        }
-        row |= {
-            "s a caption": f"{caption:.3f}",
-            "times faster": f"{base['step'] / 16 / caption:.1f}",
-        }
-        row |= {
-            "s to the first step": f"{found['first']:.1f}",
-            "sooner": f"{base['first'] / found['first']:.1f}",
-        }
-        row |= {
-            "peak RSS, MB": f"{found['rss'] / 1e6:.0f}",
-            "MB written for pixels": f"{found['pixels'] / 1e6:.0f}",
-        }
-        rows.append(row)
-    return rows, loaders
+    long_runs = []
+    if "TRL" in pythons:
+        runs.append(Run("TRL"))
+    if "ms-swift" in pythons:
+        for checkpointing in (True, False):
+            runs.append(Run("ms-swift", checkpointing=checkpointing))
+            long_runs.append(Run("ms-swift", captions=5, checkpointing=checkpointing))
+    return runs, long_runs
 
 
-def gpu_runs():
-    """The documented recipe, and train.py in every layout of 16 pictures a step."""
-    layouts = [
-        (c, layout, on)
-        for c in (1, 5)
-        for layout in ((4, 4), (8, 2), (16, 1))
-        for on in (True, False)
-    ]
-    own = [Run("train.py", c, *layout, checkpointing=on, count=True) for c, layout, on in layouts]
-    return [Run("documented", count=True), *own]
+def small_tables(
+    pythons: dict[str, str], images: int = IMAGES, rounds: int = ROUNDS
+) -> tuple[list[dict], list[dict]]:
+    """Return what two epochs and a step of 16 images cost, and what the data path costs."""
+    runs, long_runs = small_runs(pythons)
+    # one thread: what differs between the variants then is their work, not how they share it out
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with workshop(images, SMALL) as folder:
+        timed = time_runs(runs, folder, rounds, pythons)
+        timed += time_runs(long_runs, folder, 1, pythons)
+        data_path = measure_data_path(folder / "model")
+    own = {run.captions: cost for run, cost in timed if run.variant == "train.py"}
+    return [small_row(run, cost, own[run.captions]) for run, cost in timed], data_path
 
 
-def estimate(run, config):
-    """GiB that load_model.py announces for a training by train.py."""
+def small_row(run: Run, cost: dict, own: dict) -> dict:
+    """Return a row; own is what train.py costs with as many captions per image."""
+    return {
+        "variant": run.variant,
+        "checkpointing": on_off[run.checkpointing],
+        "captions per image": run.captions,
+        "steps": int(cost["steps"]),
+        "s per step": f"{cost['step']:.2f}",
+        "CPU s per step": f"{cost['step_cpu']:.2f}",
+        "wait for a batch": f"{cost['wait_cpu'] / cost['step_cpu']:.1%}",
+        "s for two epochs": f"{cost['wall']:.0f}",
+        "CPU s for two epochs": f"{cost['cpu']:.0f}",
+        "times train.py's": f"{cost['cpu'] / own['cpu']:.1f}",
+        "s to the first step": f"{cost['first']:.1f}",
+        "CPU s to it": f"{cost['first_cpu']:.1f}",
+        "peak memory, MB": f"{cost['rss'] / 1e6:.0f}",
+        "MB written": f"{cost['written'] / 1e6:.0f}",
+        "rounds": cost["rounds"],
+    }
+
+
+def measure_data_path(model_folder: Path) -> list[dict]:
+    """Return the rows of tools/data_path.py, measured in a process of its own."""
+    command = [sys.executable, str(TESTS / "tools/data_path.py"), str(model_folder)]
+    print("the data path", file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- --gpu
+
+
+def gpu_runs(steps: int = STEPS) -> list[Run]:
+    """Return the documented recipe, and train.py in every layout of 16 images per step."""
+    runs = [Run("documented", steps=steps, count=True)]
+    for captions in (1, 5):
+        for batch in (4, 8, 16):
+            for checkpointing in (True, False):
+                runs.append(Run("train.py", captions, batch, checkpointing, steps, count=True))
+    return runs
+
+
+def estimate(run: Run, config: transformers.PreTrainedConfig) -> float:
+    """Return the GiB that load_model.py announces for a training by train.py."""
     script = load("load_model.py", [f"ANSWER_TOKENS={ANSWER_TOKENS[run.captions]}"])
     with torch.device("meta"):  # shapes without numbers
-        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     return script.training_memory(model, run.batch, run.checkpointing)
 
 
-def matmul_rate(size):
-    """FLOP/s of the product of two size x size matrices."""
-    left, right = (
-        torch.randn(size, size, dtype=dtype, device="cuda" if on_card else "cpu") for _ in range(2)
-    )
+def matmul_rate(size: int) -> float:
+    """Return the FLOP/s of the product of two size x size matrices."""
+    device = "cuda" if on_gpu else "cpu"
+    left, right = torch.randn(2, size, size, dtype=choose_dtype(), device=device)
     seconds = []
     for _ in range(25):
         before = time.perf_counter()
         left @ right
-        torch.cuda.synchronize() if on_card else None
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - before)
     return 2 * size**3 / statistics.median(seconds[5:])
 
 
-def gpu_table(runs, shape=REAL_SHAPE, rounds=ROUNDS):
-    """Throughput, memory and load of the card; without a card, a dry run on the CPU."""
-    rate, rows = matmul_rate(8192 if on_card else 512), []
-    most = max(run.batch * run.accumulation * (run.steps + 2) for run in runs)
-    with workshop(most + 1, shape) as folder:
-        timed, config = (
-            time_runs(runs, folder, rounds),
-            transformers.Qwen2VLConfig.from_pretrained(folder / "model"),
-        )
-    for run, found in timed:
-        pictures = run.batch * run.accumulation / found["step"]
-        row = {
-            "variant": run.variant,
-            "layout": f"{run.batch}x{run.accumulation}",
-            "captions a picture": run.captions,
-        }
-        row |= {"checkpointing": on_off[run.checkpointing], "samples/s": f"{pictures:.2f}"}
-        row |= {"captions/s": f"{pictures * run.captions:.2f}"}
-        row |= {
-            "estimate, GiB": f"{estimate(run, config):.2f}" if run.variant == "train.py" else "-"
-        }
-        row |= {
-            f"{name}, GiB": f"{found.get(name, 0) / 2**30:.2f}" for name in ("peak", "reserved")
-        }
-        row |= {"share of matmul rate": f"{found['flops'] / found['step'] / rate:.1%}"}
-        rows.append(row | {"loader wait a step, ms": f"{1000 * found['wait']:.0f}"})
-    return rows, rate
+def gpu_table(
+    runs: list[Run], shape: dict = QWEN2_VL_2B, rounds: int = ROUNDS
+) -> tuple[list[dict], float]:
+    """Return throughput, memory and load of the GPU; without one, a dry run on the CPU."""
+    rate = matmul_rate(8192 if on_gpu else 512)
+    most = IMAGES_PER_STEP * (max(run.steps for run in runs) + 2)
+    with workshop(most, shape) as folder:
+        timed = time_runs(runs, folder, rounds)
+        config = transformers.AutoConfig.from_pretrained(folder / "model")
+    return [gpu_row(run, cost, config, rate) for run, cost in timed], rate
 
 
-def print_table(rows):
-    widths = {name: max(len(str(row[name])) for row in [*rows, {name: name}]) for name in rows[0]}
-    for row in (
-        {name: name for name in widths},
-        {name: "-" * width for name, width in widths.items()},
-        *rows,
-    ):
-        print(
-            "| " + " | ".join(str(row[name]).ljust(width) for name, width in widths.items()) + " |"
-        )
+def gpu_row(run: Run, cost: dict, config: transformers.PreTrainedConfig, rate: float) -> dict:
+    """Return a row of the table for a GPU."""
+    images = IMAGES_PER_STEP / cost["step"]
+    own = run.variant == "train.py"
+    return {
+        "variant": run.variant,
+        "images per pass": run.batch,
+        "captions per image": run.captions,
+        "checkpointing": on_off[run.checkpointing],
+        "dtype": cost["dtype"].removeprefix("torch."),
+        "images/s": f"{images:.2f}",
+        "captions/s": f"{images * run.captions:.2f}",
+        "estimate, GiB": f"{estimate(run, config):.2f}" if own else "-",
+        "peak, GiB": f"{cost.get('peak', 0) / 2**30:.2f}",
+        "reserved, GiB": f"{cost.get('reserved', 0) / 2**30:.2f}",
+        "share of matmul rate": f"{cost['flops'] / cost['step'] / rate:.1%}",
+        "wait for a batch, ms": f"{1000 * cost['wait_cpu']:.1f}",
+    }
 
 
-def machine(threads):
-    """The machine and the versions that the numbers hold for."""
-    names = []
+# ---- What is printed
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print rows as Markdown."""
+    names = list(rows[0])
+    widths = []
+    for name in names:
+        widths.append(max(len(name), *(len(str(row[name])) for row in rows)))
+    lines = [names, ["-" * width for width in widths]]
+    lines += [[row[name] for name in names] for row in rows]
+    for line in lines:
+        cells = [str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def describe_machine(threads: int, pythons: dict[str, str]) -> str:
+    """Return day, machine and versions that the numbers hold for."""
+    cpu = platform.processor()
     if Path("/proc/cpuinfo").is_file():
-        names = [
-            line
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-    cpu = names[0].partition(": ")[2] if names else platform.processor()
-    card = f", {torch.cuda.get_device_name()}" if on_card else ""
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
-    versions = [
-        f"{one} {importlib.metadata.version(one)}"
-        for one in packages
-        if importlib.util.find_spec(one)
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(": ")[2]
+    gpu = f", {torch.cuda.get_device_name()}" if on_gpu else ""
+    lines = [
+        f"{date.today()}, {platform.system()}, {cpu}, {os.cpu_count()} cores{gpu}, "
+        f"threads: {threads}, load: {os.getloadavg()[0]:.1f}",
+        f"Python {platform.python_version()}, {versions(sys.executable)}",
     ]
-    text = f"{platform.system()}, {cpu}, {os.cpu_count()} cores{card}; threads: {threads}"
-    return f"{text}\nPython {platform.python_version()}, {', '.join(versions)}\n"
+    for variant, python in pythons.items():
+        lines.append(f"{variant} in an environment of its own: {versions(python)}")
+    return "\n".join(lines) + "\n"
 
 
-def main():
+def versions(python: str) -> str:
+    """Return the versions of the packages that matter in an environment."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(name, m.version(name))\n"
+        "    except m.PackageNotFoundError: pass"
+    )
+    packages = ["torch", "transformers", "peft", "accelerate", "datasets", "trl", "ms-swift"]
+    done = subprocess.run(
+        [python, "-c", code, *packages], capture_output=True, encoding="utf-8", check=True
+    )
+    return ", ".join(done.stdout.splitlines())
+
+
+def main() -> None:
+    """Do what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choice = parser.add_mutually_exclusive_group(required=True)
-    for name in ("--tiny", "--flops", "--gpu"):
+    for name in ("--small", "--flops", "--memory", "--gpu"):
         choice.add_argument(name, action="store_true")
+    parser.add_argument("--trl", metavar="PYTHON")
+    parser.add_argument("--swift", metavar="PYTHON")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     chosen = parser.parse_args()
-    if chosen.tiny:
-        rows, loaders = tiny_tables()
-        print(machine(1))
+    pythons = {"TRL": chosen.trl, "ms-swift": chosen.swift}
+    pythons = {variant: python for variant, python in pythons.items() if python}
+    if chosen.gpu and not on_gpu:
+        raise SystemExit("--gpu needs a CUDA GPU, and torch finds none on this machine.")
+    if chosen.small:
+        rows, data_path = small_tables(pythons, rounds=chosen.rounds)
+        print(describe_machine(1, pythons))
         print_table(rows)
-        print("" if importlib.util.find_spec("trl") else "\nTRL is not installed: no row for it.\n")
-        print_table(loaders)
+        print_table(data_path)
     elif chosen.flops:
-        print(machine(torch.get_num_threads()))
-        print_table(flops_table())
-    elif not on_card:
-        raise SystemExit("--gpu needs a CUDA card, and torch finds none on this machine.")
+        rows = flops_table()
+        print(describe_machine(torch.get_num_threads(), {}))
+        print_table(rows)
+    elif chosen.memory:
+        rows = memory_table()
+        print(describe_machine(torch.get_num_threads(), {}))
+        print_table(rows)
     else:
-        rows, rate = gpu_table(gpu_runs())
-        print(
-            machine(torch.get_num_threads()),
-            f"bf16 matrix product: {rate / 1e12:.0f} TFLOP/s\n",
-            sep="",
-        )
+        rows, rate = gpu_table(gpu_runs(), rounds=chosen.rounds)
+        print(describe_machine(torch.get_num_threads(), {}))
+        print(f"{choose_dtype()} matrix product: {rate / 1e12:.0f} TFLOP/s\n")
         print_table(rows)
 
 

@@ -1,130 +1,167 @@
-"""Counts the arithmetic of a microbatch of the real Qwen2-VL-2B, without weights: what bench.py --flops prints."""
+"""Counts the arithmetic of a pass over 4 images on the shapes of published models, without weights.
 
+This is what bench.py --flops prints. The model, the vision tower and the batch are made by the
+functions of train.py; on the meta device attention falls apart into its matrix products, which the
+counter knows: two forward, four backward.
+"""
+
+import contextlib
 import os
-import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import transformers
 from support.launch import load
-from tools.recipes import SIDE, documented_model
+from tools.recipes import documented_model
+from tools.shapes import (
+    CAPTION_TOKENS,
+    IMAGE_SIDE,
+    PUBLISHED,
+    QWEN2_VL_2B,
+    TEXT_TOKENS,
+    MadeUpFeatures,
+    OnMeta,
+    make_base,
+    make_config,
+    make_sample,
+    without_weights,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration
-from transformers.vision_utils import get_vision_position_ids
 
-PROMPT_TOKENS, CAPTION_TOKENS = (
-    126,
-    12,
-)  # a picture with the usual prompt; a COCO caption with its end token
-REAL_SHAPE = {  # Qwen2-VL-2B-Instruct
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 2,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "tie_word_embeddings": True,
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "hidden_size": 1536,
-        "mlp_ratio": 4,
-        "num_heads": 16,
-    },
-    "vocab_size": 151936,
-}
+IMAGES = 4
 on_off = {True: "on", False: "off"}
 
 
-def real_batch(train, variant, captions):
-    """A batch of 4 pictures without content: on the meta device, but on the CPU what the model's code looks into."""
-    images, prompt, caption = (SIDE // 28) ** 2, PROMPT_TOKENS - 1, CAPTION_TOKENS + 1
-    # in train.py the prompt's last token comes before each caption
-    kinds = [0] * prompt + [number for number in range(1, captions + 1) for _ in range(caption)]
-    kinds = torch.tensor(
-        [kinds if variant == "train.py" else kinds[: prompt + caption]] * 4
-    )  # (4, tokens)
-    nothing, grid = torch.zeros_like(kinds), torch.tensor([[1, SIDE // 14, SIDE // 14]] * 4)
-    batch = {"input_ids": nothing, "labels": nothing, "image_grid_thw": grid}
-    batch |= {"pixel_values": torch.empty(4 * 4 * images, 1176, device="meta")}
-    if variant == "train.py":
-        first = torch.nn.functional.pad(kinds.diff(), (1, 0)) != 0
-        types = nothing.index_fill(1, torch.arange(15, 15 + images), 1)
-        labels = nothing.masked_fill((kinds == 0) | first, -100)
-        encoded = batch | {"captions": kinds, "mm_token_type_ids": types, "labels": labels}
-        collator = train.CaptionCollator(None, transformers.Qwen2VLConfig(**REAL_SHAPE))
-        with patch.object(collator, "encode", return_value=encoded):
-            batch = collator([])
-    batch = {"position_ids": nothing.expand(3, -1, -1)} | batch
-    read = ("image_grid_thw", "logits_to_keep", "shift_labels")
-    batch = {name: value if name in read else value.to("meta") for name, value in batch.items()}
-    return batch | {"image_position_ids": get_vision_position_ids(grid, 2).to("meta")}
+class Count(NamedTuple):
+    """FLOP of the parts of a model, forward, recomputation and backward together."""
+
+    vision: int
+    language: int
+    head: int
+
+    def total(self) -> int:
+        return self.vision + self.language + self.head
 
 
-def count_flops(train, variant, captions, checkpointing):
-    """FLOP of forward, recomputation and backward for 4 pictures: {"vision", "language", "head"}.
+@contextlib.contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count the arithmetic of a model on the meta device, fed with real or empty tensors."""
+    # the model checks that image tokens and features match, which is a question of numbers
+    unchecked = patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
+    with unchecked, OnMeta(), FlopCounterMode(display=False) as counter:
+        yield counter
 
-    On the meta device attention falls apart into its matrix products, which the counter knows: 2 forward, 4 backward.
-    """
-    config, model_class = transformers.Qwen2VLConfig(**REAL_SHAPE), Qwen2VLForConditionalGeneration
 
-    def weightless(*args, dtype, **kwargs):
+def count_training(
+    train: ModuleType, shape: dict, captions: int, checkpointing: bool, images: int = IMAGES
+) -> Count:
+    """Count a training pass of train.py: the tower is not in it."""
+    base = make_base(train, shape, "meta", torch.bfloat16)
+    with without_weights("meta"):
+        model = train.load_model(base).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    collator = train.Collator(base, MadeUpFeatures(base, "meta"), model)
+    batch = collator.make_pass([make_sample(train, base, captions)] * images)
+    inputs = train.model_inputs(batch, collator.features.hidden)
+    with counting() as counter:
+        model(**inputs).loss.backward()
+    head = head_flops(counter)
+    return Count(0, counter.get_total_flops() - head, head)
+
+
+def count_seeing(train: ModuleType, shape: dict, images: int = IMAGES) -> Count:
+    """Count what train.py's pass over the images costs, once for all epochs and captions."""
+    base = make_base(train, shape, "meta", torch.bfloat16)
+    with without_weights("meta"):
+        tower = train.load_tower(base)
+    side, _ = train.model_size(IMAGE_SIDE, IMAGE_SIDE, base.side)
+    patches = side // base.patch
+    grid = torch.tensor([[1, patches, patches]] * images)
+    # a patch has 3 colours and, as still images are doubled, 2 frames
+    pixels = torch.empty(images * patches**2, 3 * 2 * base.patch**2, device="meta")
+    with torch.inference_mode(), counting() as counter:
+        tower.get_image_features(pixels, grid)
+    return Count(counter.get_total_flops(), 0, 0)
+
+
+def head_flops(counter: FlopCounterMode) -> int:
+    """Return the part of the output head."""
+    for name, operations in counter.get_flop_counts().items():
+        if name.endswith("lm_head"):
+            return sum(operations.values())
+    raise ValueError("the model has no lm_head")
+
+
+def count_documented(shape: dict, checkpointing: bool, images: int = IMAGES) -> Count:
+    """Count a pass of the documented recipe, which has one caption for each of its images."""
+    config = make_config(shape)
+
+    def weightless(*args, dtype, **options):
         with torch.device("meta"):
-            return model_class._from_config(config, dtype=dtype)
+            return Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(model_class, "from_pretrained", weightless),
-    ):
-        config.save_pretrained(folder)
-        with patch.object(train, "MODEL_FOLDER", folder):
-            own = variant == "train.py"
-            model = (
-                train.load_model("cpu", torch.bfloat16)
-                if own
-                else documented_model(folder, torch.bfloat16)
-            )
-    model.train()
+    with patch.object(Qwen2VLForConditionalGeneration, "from_pretrained", weightless):
+        model = documented_model("", torch.bfloat16).train()
     if checkpointing:
         model.activation_checkpointing_enable()  # as the Trainer does
-    batch = real_batch(train, variant, captions)
-    # the check that pictures and image tokens match reads values, and there are none
-    with (
-        FlopCounterMode(display=False) as whole,
-        patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"),
-    ):
+    side = IMAGE_SIDE // 14
+    tokens = TEXT_TOKENS + side**2 // 4 + CAPTION_TOKENS
+    nothing = torch.zeros(images, tokens, dtype=torch.long)
+    grid = torch.tensor([[1, side, side]] * images)
+    pixels = torch.empty(images * side**2, 1176, device="meta")
+    batch = {
+        "input_ids": nothing,
+        "labels": nothing,
+        "position_ids": nothing.expand(3, -1, -1),
+        "image_grid_thw": grid,
+        "pixel_values": pixels,
+    }
+    with counting() as whole:
         model(**batch, use_cache=False).loss.backward()
-    with FlopCounterMode(display=False) as vision:
-        visual = model.get_base_model().model.visual
-        seen = visual(
-            batch["pixel_values"], batch["image_grid_thw"], position_ids=batch["image_position_ids"]
-        )
+    with counting() as vision:
+        seen = model.get_base_model().model.visual(pixels, grid)
+        # the recipe has the tower in its graph, frozen as it is
         if seen.pooler_output.requires_grad:
             seen.pooler_output.sum().backward()
-    (head,) = (
-        sum(ops.values())
-        for name, ops in whole.get_flop_counts().items()
-        if name.endswith("lm_head")
-    )
-    # what is left is the language model's: with recomputation the counter itself takes one module for another
-    language = whole.get_total_flops() - vision.get_total_flops() - head
-    return {"vision": vision.get_total_flops(), "language": language, "head": head}
+    tower, head = vision.get_total_flops(), head_flops(whole)
+    return Count(tower, whole.get_total_flops() - tower - head, head)
 
 
-def flops_table(captions=(1, 5), choices=(True, False)):
-    """TFLOP of 4 pictures, real shape, by part; the documented recipe sees a picture anew for each caption."""
-    train, rows = load("train.py", []), []
-    for number in captions:
-        for checkpointing in choices:
-            for variant, passes in (("documented", number), ("train.py", 1)):
-                counted = count_flops(train, variant, number, checkpointing)
-                parts = {name: passes * part / 1e12 for name, part in counted.items()}
-                total = {"TFLOP": sum(parts.values())}
-                total |= {"a picture": total["TFLOP"] / 4, "a caption": total["TFLOP"] / 4 / number}
-                row = {
-                    "variant": variant,
-                    "captions a picture": number,
-                    "checkpointing": on_off[checkpointing],
-                }
-                rows.append(row | {name: f"{value:.3f}" for name, value in (parts | total).items()})
+def table_row(model: str, what: str, captions: int, checkpointing: str, count: Count) -> dict:
+    """Return a row of the table, in TFLOP."""
+    row = {
+        "model": model,
+        "variant": what,
+        "captions per image": captions,
+        "checkpointing": checkpointing,
+    }
+    for name, part in zip(count._fields, count, strict=True):
+        row[name] = f"{part / 1e12:.2f}"
+    row["TFLOP"] = f"{count.total() / 1e12:.2f}"
+    row["per caption"] = f"{count.total() / 1e12 / IMAGES / captions:.3f}"
+    return row
+
+
+def flops_table(shapes: dict[str, dict] = PUBLISHED) -> list[dict]:
+    """Return what 4 images cost; the documented recipe sees an image anew for each caption."""
+    train = load("train.py", [])
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for name, shape in shapes.items():
+        for captions in (1, 5):
+            for checkpointing in (True, False):
+                state = on_off[checkpointing]
+                if shape is QWEN2_VL_2B:
+                    single = count_documented(shape, checkpointing)
+                    count = Count(*(captions * part for part in single))
+                    rows.append(table_row(name, "documented", captions, state, count))
+                count = count_training(train, shape, captions, checkpointing)
+                rows.append(table_row(name, "train.py", captions, state, count))
+        seeing = count_seeing(train, shape)
+        rows.append(table_row(name, "train.py's pass over the images", 1, "-", seeing))
     return rows
