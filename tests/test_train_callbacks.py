@@ -488,7 +488,7 @@ def spoil(train, monkeypatch, trainer, steps: set[int]) -> None:
 
 
 def test_a_step_without_finite_gradient_is_left_out(train, build, monkeypatch, capsys):
-    """It is named with its images, changes no weight, and the training goes on to its end.
+    """It is named with its images, changes no weight, and the training continues to its end.
 
     Otherwise all weights are NaN one step later, and every resume ends there again.
     """
@@ -523,7 +523,7 @@ def test_three_steps_in_a_row_without_finite_gradient_stop_it(
 
 
 def test_steps_left_out_are_counted_in_a_row(train, build, monkeypatch):
-    """One good step between them, and it goes on."""
+    """One good step between them, and training continues."""
     monkeypatch.setattr(train, "EPOCHS", 3)
     trainer = build()
     spoil(train, monkeypatch, trainer, {1, 2, 4, 5})
@@ -1113,7 +1113,7 @@ def test_the_same_run_is_resumed(train, checkpoints):
     [("LEARNING_RATE", 0.02), ("SEED", 7), ("LORA_TARGETS", ["q_proj"]), ("IMAGE_SIZE", 140)],
 )
 def test_a_changed_constant_is_named(train, checkpoints, monkeypatch, name, value):
-    """Its old and its new value are said. Otherwise the Trainer goes on with the old one."""
+    """Its old and its new value are said. Otherwise the Trainer keeps the old one."""
     before = getattr(train, name)
     monkeypatch.setattr(train, name, value)
     sentence = re.escape(f"{name} was {before!r} and is {value!r} now")
