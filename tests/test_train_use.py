@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from conftest import posix, run_script
 from PIL import Image
 from safetensors.torch import load_file
@@ -65,7 +67,8 @@ def kill_train(train_runner, served) -> Callable:
         run = train_runner.start(folder, environment, hold=hold, **SMALL | constants)
         while not met(read_text(run.err)):
             time.sleep(0.005)
-            assert Path(f"/proc/{run.pid}").exists() or os.name != "posix"
+            alive = psutil.Process(run.pid).status() != psutil.STATUS_ZOMBIE
+            assert alive, read_text(run.out) + read_text(run.err)
         os.kill(run.pid, signal.SIGKILL)
         done = train_runner.end(run)
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
@@ -161,8 +164,8 @@ def test_rows_of_a_table_are_captioned(of_all_images, finished, run_train, serve
 @pytest.mark.parametrize(
     ("named", "reason"),
     [
-        ("no_such_folder", "there is no "),
-        ("no_such_table.csv", "there is no "),
+        ("no_such_folder", "no_such_folder is missing"),
+        ("no_such_table.csv", "no_such_table.csv is missing"),
         ("captions.csv", "has no column image_path"),
         ("gbk.csv", "can't be read"),
         ("empty", "names no image"),
@@ -176,7 +179,7 @@ def test_what_can_not_be_captioned_is_refused_before_the_training(
     folder = another(prepared, tmp_path)
     write_table(folder / "captions.csv", ("image", "caption"), ("1.jpg", "a cat"))
     write_table(folder / "empty.csv", ("image_path", "caption"))
-    (folder / "gbk.csv").write_text("image_path\n图片.jpg\n", encoding="gbk")
+    (folder / "gbk.csv").write_text("image_path\n苹果.jpg\n", encoding="gbk")
     (folder / "empty").mkdir()
     done = run_train(folder, CAPTION=named)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -320,7 +323,7 @@ def own_test_set(undisturbed, prepared, tmp_path_factory) -> Path:
     return folder
 
 
-WORSENS = {"TEST_JSON": "test.json", "EPOCHS": 3, "LEARNING_RATE": 0.002}
+WORSENS = {"TEST_JSON": "test.json", "EPOCHS": 3, "LEARNING_RATE": 0.004}
 FIRST, LAST = 4, 12  # steps after which it is judged: the best one, and the last one
 
 
@@ -505,7 +508,7 @@ def family(request, prepared, run_train, tmp_path_factory) -> tuple[Path, str]:
     from support.families import make_model
 
     folder = another(prepared, tmp_path_factory.mktemp(request.param), "Qwen")
-    make_model(request.param, folder / "model")
+    make_model(request.param, folder / "model", dtype=torch.float32)
     constants = {"MODEL_FOLDER": "model", "CAPTION": IMAGES, "SAVE_MERGED": True}
     done = run_train(folder, **constants, SWANLAB_MODE="disabled", EPOCHS=1)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -528,9 +531,8 @@ def test_another_family_is_trained_and_used(family, train):
     adapted = PeftModel.from_pretrained(base, folder / OUTPUT)
     assert share_of_equal(train, folder, adapted, processor) >= 0.8
     [share] = re.findall(r"is whole: ([\d.]+)% of its captions", printed)
-    assert float(share) >= 80
     ours = share_of_equal(train, folder, *open_whole(folder / OUTPUT / "merged"))
-    assert f"{ours:.1%}" == f"{share}%"
+    assert f"{ours:.1%}" == f"{share}%" and ours >= 0.8
     model_type = json.loads(read_text(folder / "model/config.json"))["model_type"]
     rounded = "IMAGE_SIZE = 112 is not a multiple of 32: 128 is used." in printed
     assert rounded == (model_type == "qwen3_vl")
