@@ -1871,7 +1871,8 @@ def draw_curves(results: dict, state: State) -> Markup:
         for name in names:
             if name in history:
                 points = history[name].dropna()
-                axis.plot(points.index, points, marker=".", label=name)
+                label = name.replace("eval_loss", "held-out loss").removeprefix("eval_")
+                axis.plot(points.index, points, marker=".", label=label.replace("_", " "))
         axis.set(title=title, xlabel="step")
         axis.legend(handles=axis.lines)
     lengths = defaultdict(list)
@@ -1903,7 +1904,7 @@ def write_report(results: dict, state: State, run: dict) -> Path:
     environment.filters["thumbnail"] = make_thumbnail
     page = environment.from_string(REPORT).render(
         title=describe_results(results),
-        summary=f"{len(rows)} held-out images, step {state.global_step} of {state.max_steps}",
+        summary=f"{len(rows)} held-out images, step {results['step']} of {state.max_steps}",
         columns=COLUMNS,
         score_names=SCORE_NAMES,
         results=results,
@@ -2639,6 +2640,7 @@ def log_samples(results: dict, step: int) -> None:
         images.append(swanlab.Image(image, caption=caption, file_type="jpg"))
         texts.append(swanlab.Text(caption, caption=caption[:50]))
     swanlab.log({"samples": images, "captions": texts}, step=step)
+    swanlab.config.update({"adapter of step": results["step"]})
 
 
 # ---- Using the result ----------------------------------------------------------------------------
@@ -2695,6 +2697,8 @@ class Request(NamedTuple):
 def read_requests() -> list[Request]:
     """Return what CAPTION names: an image, the images of a folder, or the rows of a CSV."""
     source = Path(CAPTION)
+    if not source.exists():
+        raise SystemExit(f"CAPTION = {CAPTION!r}: there is no {source.absolute()}.")
     if source.is_dir():
         Image.init()
         known = {end for end, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS}
@@ -3038,8 +3042,12 @@ def save_result(trainer: CaptionTrainer) -> None:
         shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
     if not IS_MAIN:
         return
-    # last, for with it the run counts as finished
     results = unfinished / "results.json"
+    kept = json.loads(results.read_text(encoding="utf-8"))
+    if kept["step"] != trainer.results["step"]:
+        print(f"Step {kept['step']} had the highest {kept['headline']}: its adapter is kept.")
+        show_results(kept, trainer.state, trainer.run)
+    # last, for with it the run counts as finished
     others = shutil.ignore_patterns("results.json")
     shutil.copytree(unfinished, folder, ignore=others, dirs_exist_ok=True, copy_function=os.replace)
     os.replace(results, folder / "results.json")
@@ -3072,6 +3080,8 @@ def main() -> None:
     check_writable(OUTPUT_FOLDER)
     run = describe_run()
     refuse_another_run(run)
+    if CAPTION:
+        read_requests()  # a misspelt path is named now, and not after the training
     base = Base(processor, config, *choose_hardware(config))
     if is_finished():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there.")

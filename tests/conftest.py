@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import launch
-from support.hub import Hub
+from support.hub import MODEL_ID, Hub
 from support.training import MODEL, SIDE, draw_scene
 
 TESTS = Path(__file__).resolve().parent
@@ -226,3 +226,59 @@ def image_folder(tmp_path: Path) -> Path:
     draw_scene(folder / "one.jpg", "star", "red", "blue")
     draw_scene(folder / "two.jpg", "circle", "pink", "black")
     return folder
+
+
+# ---- Whole runs of the four scripts on the small model, one project for the whole session.
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A hub with 30 scenes of 2 captions each and the small model."""
+    from support import runs
+
+    images = runs.write_images(tmp_path_factory.mktemp("served"))
+    with Hub(images, {MODEL_ID: MODEL}) as hub:
+        yield hub
+        assert hub.refusals() == [], "a script tried to leave this machine"
+
+
+@pytest.fixture(scope="session")
+def prepared(served, tmp_path_factory) -> Path:
+    """A folder after the first three scripts. Copy it: see runs.another()."""
+    from support import runs
+
+    return runs.prepare(tmp_path_factory.mktemp("prepared"), served)
+
+
+@pytest.fixture(scope="session")
+def train_runner(served):
+    """train.py imported once, with each run a process of its own."""
+    from support.fork_runner import Runner
+
+    runner = Runner("train.py", {"OMP_NUM_THREADS": "1", **served.environment()})
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def run_train(train_runner, served):
+    """A function that runs train.py in a folder with the constants of a small run."""
+    from support import runs
+
+    def run(folder: Path, **constants) -> subprocess.CompletedProcess:
+        environment = {"OMP_NUM_THREADS": "1", **served.environment()}
+        return train_runner(folder, environment, **{**runs.SMALL, **constants})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared, served, tmp_path_factory) -> tuple[Path, str]:
+    """A folder after a run of train.py as a user starts it, and what that printed. Only read it."""
+    from support import runs
+
+    folder = runs.another(prepared, tmp_path_factory.mktemp("undisturbed"))
+    environment = {"OMP_NUM_THREADS": "1", **served.environment()}
+    done = run_script("train.py", folder, environment, **runs.SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout + done.stderr
