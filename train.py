@@ -1735,7 +1735,7 @@ REPORT = """\
 <meta charset="utf-8">
 <title>{{ title }}</title>
 <style>
-  body { font-family: sans-serif; margin: 2em auto; max-width: 1400px; color: #222 }
+  body { font-family: sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em }
   table { border-collapse: collapse; margin: 1em 0 }
   td, th { padding: 6px 12px; text-align: left; vertical-align: top }
   tr { border-bottom: 1px solid #ddd }
@@ -2527,10 +2527,9 @@ class SwanLabCurves(transformers.TrainerCallback):
 def start_swanlab(run: dict) -> None:
     """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training goes on."""
     drop_unreadable_variables()
-    config = {**run["versions"], **run["constants"]}
-    if not SHARE_MACHINE_INFO:
-        # folder names may hold a person's name
-        config = {name: value for name, value in config.items() if not is_path(name)}
+    config = public_settings(run)
+    if SHARE_MACHINE_INFO:
+        config = {**run["versions"], **run["constants"]}
     # offline: recorded on disk, for swanlab sync to upload later
     for mode in (SWANLAB_MODE, "offline"):
         try:
@@ -2567,6 +2566,12 @@ def is_path(name: str) -> bool:
     """Tell whether a constant is a path."""
     rule = get_type_hints(sys.modules[__name__], include_extras=True).get(name)
     return rule in (PathText, PathText | None)
+
+
+def public_settings(run: dict) -> dict:
+    """Return versions and constants without paths, which may hold a person's name."""
+    settings = {**run["versions"], **run["constants"]}
+    return {name: value for name, value in settings.items() if not is_path(name)}
 
 
 def drop_unreadable_variables() -> None:
@@ -2647,15 +2652,16 @@ def log_samples(results: dict, step: int) -> None:
 
 MODEL_CARD = """\
 ---
-base_model: {{ constants.MODEL_FOLDER }}
+base_model: {{ base_model }}
 library_name: peft
 ---
-# LoRA adapter for {{ constants.MODEL_FOLDER }}
+# LoRA adapter for {{ base_model }}
 
 Made by train.py, and judged on {{ results.captions | length }} held-out images after step
 {{ results.step }}:
 
-| score | {{ results.scores | join(" | ") }} |
+| score |{% for column in results.scores %} {{ columns[column] }} |{% endfor %}
+
 |---|{{ "---|" * (results.scores | length) }}
 {% for name in score_names %}
 | {{ name }}{% for scores in results.scores.values() %} | \
@@ -2675,12 +2681,13 @@ def write_model_card(folder: Path, results: dict, run: dict) -> None:
     """Write README.md beside the adapter: what it is, how good, and how to ask it."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
     card = environment.from_string(MODEL_CARD).render(
+        base_model="/".join(Path(MODEL_FOLDER).parts[-2:]),
         results=results,
+        columns=COLUMNS,
         score_names=SCORE_NAMES,
         run=run,
         prompt=run["prompt"].replace("\n", "\\n"),
-        constants=run["constants"],
-        settings={**run["versions"], **run["constants"]},
+        settings=public_settings(run),
     )
     with write_atomically(folder / "README.md") as file:
         file.write(card)
