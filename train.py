@@ -2900,10 +2900,15 @@ def save_merged(base: Base) -> None:
 
 def prove_merged(folder: Path, base: Base) -> float:
     """Open a merged model afresh; return the share of held-out captions that are the adapter's."""
-    model = load_weights(base, folder)
-    collator = Collator(base, KeptFeatures(base), model)
     table = datasets.load_from_disk(Path(OUTPUT_FOLDER) / "table")["test"]
     samples = [question.sample for question in held_out_questions(table)]
+    features = KeptFeatures(base)
+    # CACHE_FOLDER may have been deleted after the training
+    problems = see_images(itertools.chain.from_iterable(map(images_of, samples)), features, base)
+    if problems:
+        raise SystemExit(f"The merged model can't be proven: {next(iter(problems.values()))}.")
+    model = load_weights(base, folder)
+    collator = Collator(base, features, model)
     said = generate_captions(model, collator, samples, "Captions of the merged model")
     results = json.loads((Path(OUTPUT_FOLDER) / "results.json").read_text(encoding="utf-8"))
     pairs = zip(said, results["captions"], strict=True)
