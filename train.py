@@ -2061,10 +2061,11 @@ class HeaviestPass(transformers.TrainerCallback):
             # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
             if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
                 return best, checkpointing
+        recompute = "" if checkpointing else "set GRADIENT_CHECKPOINTING = True, "
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
-            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), lower "
-            "BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
+            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), "
+            f"{recompute}lower BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
         )
 
     def largest_that_fits(self, sizes: list[int], limit: float) -> int:
@@ -2101,16 +2102,20 @@ class HeaviestPass(transformers.TrainerCallback):
         missing = 0 if trainer.optimizer.state else 2 * trained
         if trainer.args.world_size > 1:
             missing += trained
+        tables = (trainer.train_dataset, trainer.eval_dataset)
+        kinds = []
+        for column in ("tokens", "learned"):
+            kind = [heaviest(table, column, size) for table in tables]
+            if kind not in kinds:  # often the longest samples have most to learn, too
+                kinds.append(kind)
         reset_peak()
         try:
-            for column in ("tokens", "learned"):
-                samples = heaviest(trainer.train_dataset, column, size)
+            for training, held_out in kinds:
                 # from the second pass on there are gradients to add to
-                trainer.try_pass(samples)
-                trainer.try_pass(samples)
+                trainer.try_pass(training)
+                trainer.try_pass(training)
                 # an evaluation needs less, unless its samples are much heavier
-                samples = heaviest(trainer.eval_dataset, column, size)
-                trainer.token_losses(self.collator.make_pass(samples))
+                trainer.token_losses(self.collator.make_pass(held_out))
         finally:
             trainer.model.zero_grad()
         return peak_memory() + missing
@@ -2119,7 +2124,8 @@ class HeaviestPass(transformers.TrainerCallback):
 def heaviest(table: datasets.Dataset, column: str, size: int) -> list[dict]:
     """Return the samples with the largest numbers in a column."""
     order = numpy.argsort(table[column][:], kind="stable")
-    return table.select(order[-size:]).to_list()
+    # in the order of the table: the same samples are the same list, whatever made them heavy
+    return table.select(numpy.sort(order[-size:])).to_list()
 
 
 class CaptionTrainer(transformers.Trainer):
