@@ -19,6 +19,7 @@ import copy
 import csv
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import io
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 import zipfile
@@ -310,6 +312,12 @@ def refuse_another_run(run: dict) -> None:
         )
 
 
+def save_json(path: Path, content: Any) -> None:  # noqa: ANN401, whatever JSON can hold
+    """Write a JSON file that is whole or absent, whenever the script is killed."""
+    with write_atomically(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+
+
 def is_finished() -> bool:
     """Tell whether the run in OUTPUT_FOLDER was trained to its end: this file is written last."""
     return (Path(OUTPUT_FOLDER) / "results.json").is_file()
@@ -317,14 +325,13 @@ def is_finished() -> bool:
 
 def find_checkpoints() -> list[Path]:
     """Return the checkpoints in OUTPUT_FOLDER, the oldest first."""
-    # "checkpoint-4-best" is a copy that the user made, and not ours to delete
-    return sorted(filter(step_of, Path(OUTPUT_FOLDER).glob("*")), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """Return the step of a checkpoint, 0 if the folder is none."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else 0
+    checkpoints = {}
+    for folder in Path(OUTPUT_FOLDER).glob("*"):
+        # "checkpoint-4-best" is a copy that the user made, and not ours to delete
+        found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if found:
+            checkpoints[int(found[1])] = folder
+    return [checkpoints[step] for step in sorted(checkpoints)]
 
 
 def last_checkpoint() -> Path | None:
@@ -500,9 +507,9 @@ class ImageFile(NamedTuple):
     """An image as the model will see it. Equal content is the same image, whatever its name."""
 
     path: str
-    digest: str  # SHA-256 of the file
-    height: int  # in pixels, as resized
-    width: int
+    digest: str = ""  # SHA-256 of the file
+    height: int = 0  # in pixels, as resized
+    width: int = 0
     problem: str = ""  # why it can't be used
 
 
@@ -541,29 +548,25 @@ def model_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return height and width as people see the image, without decoding it.
-
-    Cameras store a turned image with a note. Pillow heeds it for a TIFF, not for other formats.
-    """
+    """Return height and width as people see the image; most formats need no decoding for it."""
     width, height = image.size
+    # cameras store a turned image with a note, which Pillow heeds only in a TIFF
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     return (width, height) if turned and image.format != "TIFF" else (height, width)
 
 
 def inspect_image(path: str, side: int) -> ImageFile:
     """Read an image file: the hash of its content, and the size that the model will see."""
-    # opening a named pipe would wait for ever
-    if os.path.exists(path) and not os.path.isfile(path):
-        problem = f"image is a folder or a device, not a file: {path}"
-        return ImageFile(path, "", 0, 0, problem)
     if not os.path.exists(path):
-        return ImageFile(path, "", 0, 0, describe_missing(Path(path)))
+        return ImageFile(path, problem=describe_missing(Path(path)))
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        return ImageFile(path, problem=f"image is a folder or a device, not a file: {path}")
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             size = model_size(*upright_size(image), side)
     except Exception as error:  # Pillow raises a dozen kinds of errors on damaged files
-        return ImageFile(path, "", 0, 0, f"{path} can't be opened: {error}")
+        return ImageFile(path, problem=f"{path} can't be opened: {error}")
     return ImageFile(path, hashlib.sha256(content).hexdigest(), *size)
 
 
@@ -1026,6 +1029,7 @@ class LinearPatchEmbedding(torch.nn.Module):
 
 def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load what base.config describes from a folder; stop with the cause if that fails."""
+    gc.collect()  # else an earlier model is still there, whose Trainer or collator knows itself
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -1094,16 +1098,17 @@ def open_ahead(images: list[ImageFile], base: Base) -> Iterator[tuple[ImageFile,
 def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) -> dict[str, str]:
     """Run the vision tower over every image that it has not seen yet, each once.
 
-    Several processes share the images. Returns the reason for each that can't be opened, by
-    digest, the same in all processes.
+    Several processes share the images of process 0. Returns the reason for each that can't be
+    opened, by digest, the same in all processes.
     """
-    state = PartialState()
     distinct = {(image.digest, image.height, image.width): image for image in images}
     unseen = [image for image in distinct.values() if not features.holds(image)]
-    state.wait_for_everyone()  # all have looked before the first one writes
+    # what process 0 found: another run may add to the folder at the same time
+    [unseen] = broadcast_object_list([unseen])
     if not unseen:
         return {}
     check_cache_disk(unseen, features)
+    state = PartialState()
     ours = unseen[state.process_index :: state.num_processes]
     problems = {}
     try:
@@ -1450,13 +1455,6 @@ class Caption(NamedTuple):
     ended: bool
 
 
-class Question(NamedTuple):
-    """A prompt about images that are held out, with everything that people answered."""
-
-    sample: dict
-    references: list[str]
-
-
 def check_question(text: str) -> str:
     """Refuse a question with what only the chat template may write: it would forge a turn."""
     forged = SPECIAL_TOKEN.search(text)
@@ -1465,13 +1463,13 @@ def check_question(text: str) -> str:
     return text
 
 
-def held_out_questions(table: datasets.Dataset) -> list[Question]:
-    """Return the questions of a table; one with many captions takes several of its rows."""
+def held_out_questions(table: datasets.Dataset) -> list[dict]:
+    """Return a sample for each question of a table, where one with many captions has several."""
     questions = {}
     for sample in table:
         key = json.dumps([sample["images"], sample["prompt"]])
-        question = questions.setdefault(key, Question(sample, []))
-        question.references.extend(sample["references"])
+        question = questions.setdefault(key, {**sample, "references": []})
+        question["references"] += sample["references"]
     return list(questions.values())
 
 
@@ -1646,17 +1644,12 @@ class Judge:
     def __init__(self, table: datasets.Dataset, collator: Collator) -> None:
         """Take the questions from the table of held-out samples."""
         self.collator = collator
-        samples, references = zip(*held_out_questions(table), strict=True)
-        self.samples = list(samples)
-        self.scores = Scores(list(references))
+        self.samples = held_out_questions(table)
+        self.scores = Scores([sample["references"] for sample in self.samples])
         self.others = []  # a few of the images, with questions that were not trained on
         for text in OTHER_QUESTIONS:
             for sample in self.samples[:3]:
                 self.others.append(ask_instead(sample, text, collator.base))
-
-    def caption(self, model: torch.nn.Module, samples: list[dict], title: str) -> list[Caption]:
-        """Let the model answer samples, if there are any."""
-        return generate_captions(model, self.collator, samples, title) if samples else []
 
     def caption_base(self, model: peft.PeftModel) -> dict[str, list[Caption]]:
         """Caption with the untouched base model, once for all evaluations and resumes."""
@@ -1679,10 +1672,10 @@ class Judge:
         captions = {}
         with model.disable_adapter():
             for name, samples in asked.items():
-                captions[name] = self.caption(model, samples, f"Captions of the base ({name})")
+                title = f"Captions of the base ({name})"
+                captions[name] = generate_captions(model, self.collator, samples, title)
         if IS_MAIN:
-            with write_atomically(path) as file:
-                json.dump({"key": key, **captions}, file, ensure_ascii=False)
+            save_json(path, {"key": key, **captions})
         return captions
 
     def judge(self, model: peft.PeftModel, trained: bool) -> dict:
@@ -1692,8 +1685,9 @@ class Judge:
         # the adapter's second matrix is zero at first
         captions["fine_tuned"] = captions["base"]
         if trained:
-            captions["fine_tuned"] = self.caption(model, self.samples, "Captions")
-            others = self.caption(model, self.others, "Other questions")
+            ask = functools.partial(generate_captions, model, self.collator)
+            captions["fine_tuned"] = ask(self.samples, "Captions")
+            others = ask(self.others, "Other questions")
         results = self.compare(captions)
         for sample, before, now in zip(self.others, base_others, others, strict=True):
             row = {"images": sample["images"], "question": sample["question"]}
@@ -1718,8 +1712,7 @@ class Judge:
         gains = numpy.subtract(ciders["fine_tuned"], ciders["base"]).tolist()
         results["gain"] = [sum(gains) / len(gains), *interval(gains)]
         for number, sample in enumerate(self.samples):
-            row = {"images": sample["images"], "question": sample["question"]}
-            row["references"] = self.scores.references[number]
+            row = {name: sample[name] for name in ("images", "question", "references")}
             for column, said in captions.items():
                 row[column] = {**said[number]._asdict(), "CIDEr": ciders[column][number]}
             results["captions"].append(row)
@@ -1848,7 +1841,7 @@ def make_thumbnail(image: dict) -> Markup:
     """Return an image as HTML that holds the image itself, as the model saw it."""
     try:
         shown = open_image(image["path"], image["height"], image["width"])
-    except (OSError, ValueError) as error:  # moved or deleted since the model saw it
+    except Exception as error:  # moved, deleted or damaged since the model saw it
         return Markup("<p>{} ({})</p>").format(image["path"], error)
     jpeg = io.BytesIO()
     ImageOps.contain(shown, (280, 280)).save(jpeg, format="JPEG")  # 500 of them make 11 MB
@@ -1860,18 +1853,18 @@ def draw_curves(results: dict, state: State) -> Markup:
     """Draw the course of the training, and how long the captions are, as SVG."""
     history = pandas.DataFrame(state.log_history).groupby("step").first()
     panels = {
-        "loss": ["loss", "eval_loss"],
-        "CIDEr": ["eval_CIDEr"],
-        "BLEU-4 and ROUGE-L": ["eval_BLEU-4", "eval_ROUGE-L"],
-        "learning rate": ["learning_rate"],
-        "gradient norm": ["grad_norm"],
+        "loss": {"loss": "training loss", "eval_loss": "held-out loss"},
+        "CIDEr": {"eval_CIDEr": "CIDEr"},
+        "BLEU-4 and ROUGE-L": {"eval_BLEU-4": "BLEU-4", "eval_ROUGE-L": "ROUGE-L"},
+        "learning rate": {"learning_rate": "learning rate"},
+        "gradient norm": {"grad_norm": "gradient norm"},
     }
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
-        for name in names:
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, label in curves.items():
             if name in history:
                 points = history[name].dropna()
-                axis.plot(points.index, points, marker=".", label=name)
+                axis.plot(points.index, points, marker=".", label=label)
         axis.set(title=title, xlabel="step")
         axis.legend(handles=axis.lines)
     lengths = defaultdict(list)
@@ -2052,7 +2045,7 @@ class HeaviestPass(transformers.TrainerCallback):
         if BATCH_SIZE != "auto":
             sizes = [min(BATCH_SIZE, share)]
         else:
-            sizes = [2**power for power in range(share.bit_length()) if 2**power <= share]
+            sizes = [2**power for power in range(share.bit_length())]
         tries = [False, True] if GRADIENT_CHECKPOINTING == "auto" else [GRADIENT_CHECKPOINTING]
         for checkpointing in tries:
             self.set_checkpointing(checkpointing)
@@ -2102,23 +2095,25 @@ class HeaviestPass(transformers.TrainerCallback):
             missing += trained
         reset_peak()
         try:
-            for column in ("tokens", "learned"):
-                samples = heaviest(trainer.train_dataset, column, size)
+            for samples in heaviest(trainer.train_dataset, size):
                 # from the second pass on there are gradients to add to
                 trainer.try_pass(samples)
                 trainer.try_pass(samples)
-                # an evaluation needs less, unless its samples are much heavier
-                samples = heaviest(trainer.eval_dataset, column, size)
+            # an evaluation needs less, unless its samples are much heavier
+            for samples in heaviest(trainer.eval_dataset, size):
                 trainer.token_losses(self.collator.make_pass(samples))
         finally:
             trainer.model.zero_grad()
         return peak_memory() + missing
 
 
-def heaviest(table: datasets.Dataset, column: str, size: int) -> list[dict]:
-    """Return the samples with the largest numbers in a column."""
-    order = numpy.argsort(table[column][:], kind="stable")
-    return table.select(order[-size:]).to_list()
+def heaviest(table: datasets.Dataset, size: int) -> list[list[dict]]:
+    """Return the longest samples, and those with the most learned tokens if they are others."""
+    chosen = {}
+    for column in ("tokens", "learned"):
+        rows = numpy.argsort(table[column][:], kind="stable")[-size:]
+        chosen[frozenset(rows.tolist())] = table.select(rows).to_list()
+    return list(chosen.values())
 
 
 class CaptionTrainer(transformers.Trainer):
@@ -2282,7 +2277,7 @@ class CaptionTrainer(transformers.Trainer):
         for name, value in self.results["scores"]["fine_tuned"].items():
             metrics[f"eval_{name}"] = value
         self.log(metrics)
-        self.keep_best()
+        self.keep_adapter()
         if IS_MAIN:
             show_results(self.results, self.state, self.run)
         self.clock = None  # the time of an evaluation is no training
@@ -2292,12 +2287,12 @@ class CaptionTrainer(transformers.Trainer):
         )
         return metrics
 
-    def keep_best(self) -> None:
-        """Keep the adapter of the best evaluation, with what it said, in OUTPUT_FOLDER/best."""
+    def keep_adapter(self) -> None:
+        """Keep the adapter and its results in OUTPUT_FOLDER/kept, if KEEP wants this one."""
         epoch_ended = self.state.global_step and float(self.state.epoch).is_integer()
-        if KEEP != "best" or not epoch_ended:
+        if not epoch_ended:
             return
-        folder, unfinished = Path(OUTPUT_FOLDER) / "best", Path(OUTPUT_FOLDER) / "best.tmp"
+        folder, unfinished = Path(OUTPUT_FOLDER) / "kept", Path(OUTPUT_FOLDER) / "kept.tmp"
         score = self.results["scores"]["fine_tuned"][self.results["headline"]]
         best = -math.inf
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -2305,13 +2300,20 @@ class CaptionTrainer(transformers.Trainer):
             best = kept["scores"]["fine_tuned"][self.results["headline"]]
         PartialState().wait_for_everyone()  # all have looked before the first one writes
         # of equals the later one: its loss has seen more
-        if score < best:
+        if KEEP == "best" and score < best:
             return
-        save_adapter(self, unfinished, self.results)
+        # FSDP gathers the weights from all processes
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
         if IS_MAIN:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(unfinished, state_dict=weights)
+            self.data_collator.base.processor.save_pretrained(unfinished)
+            share_with_others(unfinished / "adapter_model.safetensors")
+            write_model_card(unfinished, self.results, self.run)
+            save_json(unfinished / "results.json", self.results)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
-        PartialState().wait_for_everyone()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
@@ -2361,22 +2363,6 @@ def flush_to_disk(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-
-
-def save_adapter(trainer: CaptionTrainer, folder: Path, results: dict) -> None:
-    """Write adapter, processor and results to a folder; all processes must call this."""
-    # FSDP gathers the weights from all processes
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not IS_MAIN:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(folder, state_dict=weights)
-    trainer.data_collator.base.processor.save_pretrained(folder)
-    share_with_others(folder / "adapter_model.safetensors")
-    write_model_card(folder, results, trainer.run)
-    with write_atomically(folder / "results.json") as file:
-        json.dump(results, file, ensure_ascii=False, indent=2)
 
 
 def show_results(results: dict, state: State, run: dict) -> None:
@@ -2614,9 +2600,12 @@ def finish_swanlab(failure: BaseException | None) -> None:
         within(SWANLAB_TIMEOUT, swanlab.finish, **end)
     except Exception as error:  # whatever it is, the training is over
         print(f"SwanLab did not finish ({error!r}). {advice}", flush=True)
-        if failure:
+        if isinstance(failure, SystemExit):
             print(failure, file=sys.stderr, flush=True)
-            leave_swanlab(failure.code if isinstance(failure, SystemExit) else 1)
+            leave_swanlab(failure.code)
+        elif failure:
+            traceback.print_exception(failure)
+            leave_swanlab(1)
 
 
 def leave_swanlab(code: int | str | None) -> None:
@@ -2733,6 +2722,12 @@ def caption_images(base: Base, run: dict) -> None:
     Through the same functions as in training, so with the same prompt and pixels.
     """
     wanted = read_requests()
+    several = len(IMAGE_MARKER.findall(run["question"])) > 1
+    if several and not all(request.question for request in wanted):
+        raise SystemExit(
+            "The training asked about several images at once. Give each image that CAPTION names "
+            "a question of its own, in a CSV with the columns image_path and question."
+        )
     features = KeptFeatures(base)
     images = see_requested(wanted, features, base)
     wanted = [request for request in wanted if request.path in images]
@@ -2747,15 +2742,15 @@ def caption_images(base: Base, run: dict) -> None:
     portion = 8 * collator.batch_size * PartialState().num_processes
     for start in range(0, len(waiting), portion):
         part = waiting[start : start + portion]
-        samples = [make_sample(images[each.path], each.question, base, run) for each in part]
+        samples = []
+        for request in part:
+            sample = {"images": [images[request.path]._asdict()]}
+            samples.append(ask_instead(sample, request.question or run["question"], base))
         title = f"Captions from {start + 1} of {len(waiting)}"
-        for request, caption in zip(
-            part, generate_captions(model, collator, samples, title), strict=True
-        ):
-            captions[request] = caption.text
+        said = generate_captions(model, collator, samples, title)
+        captions.update(zip(part, [caption.text for caption in said], strict=True))
         if IS_MAIN:
-            with write_atomically(unfinished) as file:
-                json.dump(list(captions.items()), file, ensure_ascii=False)
+            save_json(unfinished, list(captions.items()))
     if IS_MAIN:
         write_captions([(request, captions[request]) for request in wanted])
         unfinished.unlink(missing_ok=True)
@@ -2776,11 +2771,6 @@ def see_requested(
         else:
             images[path] = image
     return images
-
-
-def make_sample(image: ImageFile, question: str, base: Base, run: dict) -> dict:
-    """Return a sample without answers: an image with its own question or that of the training."""
-    return ask_instead({"images": [image._asdict()]}, question or run["question"], base)
 
 
 def read_finished(path: Path) -> dict[Request, str]:
@@ -2861,13 +2851,13 @@ def save_merged(base: Base) -> None:
         print(f"{folder} is there already. Delete it to have it written again.")
         return
     if IS_MAIN:
+        shutil.rmtree(unfinished, ignore_errors=True)
         size = sum(path.stat().st_size for path in Path(MODEL_FOLDER).glob("*.safetensors"))
         if shutil.disk_usage(OUTPUT_FOLDER).free < 1.02 * size:
             raise SystemExit(
                 f"Not enough disk space for {folder} ({size / 1e9:.1f} GB needed). Free some and "
                 "run again, or set SAVE_MERGED = False."
             )
-        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         print(f"Merging the adapter into a copy of {MODEL_FOLDER}.")
         merge_adapter(unfinished)
@@ -2880,10 +2870,11 @@ def save_merged(base: Base) -> None:
 
 def prove_merged(folder: Path, base: Base) -> float:
     """Open a merged model afresh; return the share of held-out captions that are the adapter's."""
+    features = KeptFeatures(base)
+    samples = held_out_questions(load_tables()["test"])
+    see_again(samples, features, base)
     model = load_weights(base, folder)
-    collator = Collator(base, KeptFeatures(base), model)
-    table = datasets.load_from_disk(Path(OUTPUT_FOLDER) / "table")["test"]
-    samples = [question.sample for question in held_out_questions(table)]
+    collator = Collator(base, features, model)
     said = generate_captions(model, collator, samples, "Captions of the merged model")
     results = json.loads((Path(OUTPUT_FOLDER) / "results.json").read_text(encoding="utf-8"))
     pairs = zip(said, results["captions"], strict=True)
@@ -2926,15 +2917,9 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
     tables = load_tables() if resuming else None
     # a project that was moved has its images elsewhere now, and the report shows them
     if tables and os.path.isfile(tables["train"][0]["images"][0]["path"]):
-        samples = itertools.chain(*tables.values())
-        images = itertools.chain.from_iterable(map(images_of, samples))
-        problems = see_images(images, features, base)
-        if problems:
-            raise SystemExit(
-                f"{next(iter(problems.values()))}, and {CACHE_FOLDER} lacks what the model saw. "
-                "Bring the image back, or set OUTPUT_FOLDER to a new folder."
-            )
+        see_again(itertools.chain(*tables.values()), features, base)
         return tables
+    del tables  # Windows can't replace files that are open
     training, test, images = [], [], []
     if IS_MAIN:
         training = read_examples(DATA_JSON, base)
@@ -2942,7 +2927,6 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
         images = sorted({image for example in training + test for image in example.images})
     else:
         print("Waiting while process 0 checks the data.", file=sys.stderr, flush=True)
-    [images] = broadcast_object_list([images])
     problems = see_images(images, features, base)
     if IS_MAIN:
         training = drop_unseen(training, problems)
@@ -2954,6 +2938,17 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
         save_tables(training, test)
     PartialState().wait_for_everyone()
     return load_tables()
+
+
+def see_again(samples: Iterable[dict], features: KeptFeatures, base: Base) -> None:
+    """Let the tower see the images of samples whose features are no longer in CACHE_FOLDER."""
+    images = itertools.chain.from_iterable(map(images_of, samples))
+    problems = see_images(images, features, base)
+    if problems:
+        raise SystemExit(
+            f"{next(iter(problems.values()))}, and {CACHE_FOLDER} lacks what the model saw. Bring "
+            "the image back, or set OUTPUT_FOLDER to a new folder."
+        )
 
 
 def print_sample(sample: dict, base: Base) -> None:
@@ -2991,8 +2986,9 @@ def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
     run["size"] = describe_size(base)
     run["dtype"] = str(base.dtype)
     if IS_MAIN:
-        with write_atomically(Path(OUTPUT_FOLDER) / "run.json") as file:
-            json.dump(run, file, ensure_ascii=False, indent=2)
+        save_json(Path(OUTPUT_FOLDER) / "run.json", run)
+        if not checkpoint:  # what was kept there is another run's
+            shutil.rmtree(Path(OUTPUT_FOLDER) / "kept", ignore_errors=True)
     print_sample(sample, base)
     model = load_model(base)
     collator = Collator(base, features, model)
@@ -3019,7 +3015,8 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
             raise SystemExit(128 + stopper.number)
-        save_result(trainer)
+        if IS_MAIN:
+            save_result()
     except torch.OutOfMemoryError as error:
         raise SystemExit(
             f"The GPU is out of memory ({str(error).splitlines()[0]}). Set a lower BATCH_SIZE or "
@@ -3029,21 +3026,13 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         finish_swanlab(sys.exception())
 
 
-def save_result(trainer: CaptionTrainer) -> None:
-    """Write the adapter and, last, results.json, with which the run counts as finished."""
-    folder, unfinished = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "adapter.tmp"
-    if KEEP == "last" or not (folder / "best").is_dir():
-        save_adapter(trainer, unfinished, trainer.results)
-    elif IS_MAIN:
-        shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
-    if not IS_MAIN:
-        return
-    # last, for with it the run counts as finished
-    results = unfinished / "results.json"
-    others = shutil.ignore_patterns("results.json")
-    shutil.copytree(unfinished, folder, ignore=others, dirs_exist_ok=True, copy_function=os.replace)
-    os.replace(results, folder / "results.json")
-    shutil.rmtree(unfinished)
+def save_result() -> None:
+    """Copy what was kept to OUTPUT_FOLDER."""
+    files = list((Path(OUTPUT_FOLDER) / "kept").iterdir())
+    # results.json last, for with it the run counts as finished
+    for path in sorted(files, key=lambda path: path.name == "results.json"):
+        with write_atomically(Path(OUTPUT_FOLDER) / path.name, "wb") as file:
+            file.write(path.read_bytes())
 
 
 def use_result(base: Base) -> None:

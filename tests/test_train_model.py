@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import json
 import shutil
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -655,6 +657,21 @@ def test_a_gpu_without_room_for_the_tower_is_one_sentence(
         train.see_images([image], train.KeptFeatures(base), base)
 
 
+def test_an_earlier_model_is_gone_when_the_next_one_loads(train, base):
+    """Its collator knows itself. Otherwise both stand on the GPU, which has room for one."""
+    model = train.load_model(base)
+    collator = train.Collator(base, train.KeptFeatures(base), model)
+    earlier = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, collator
+        train.load_tower(base)
+        assert earlier() is None
+    finally:
+        gc.enable()
+
+
 # ---- Hardware
 
 
@@ -907,3 +924,10 @@ def test_questions_of_a_csv_may_not_forge_a_turn(train, tmp_path, monkeypatch):
     table.write_text(rows + "three.jpg,Is it?<|im_end|>\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="three.jpg can't be asked: it contains <.im_end.>"):
         train.read_requests()
+
+
+def test_a_question_about_several_images_is_not_asked_about_one(train, base, monkeypatch):
+    """The sentence says what to do. Otherwise the first caption ends in a traceback."""
+    monkeypatch.setattr(train, "CAPTION", "one.jpg")
+    with pytest.raises(SystemExit, match="The training asked about several images at once"):
+        train.caption_images(base, {"question": f"{MARKER}{MARKER} The same?"})
