@@ -396,6 +396,11 @@ class Base(NamedTuple):
 
 def load_processor() -> tuple[transformers.ProcessorMixin, PreTrainedConfig]:
     """Load processor and configuration of MODEL_FOLDER; no weights yet."""
+    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
+        raise SystemExit(
+            "LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to "
+            "False."
+        )
     try:
         raw = json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))
         if raw["model_type"] not in SUPPORTED_MODELS:
@@ -451,6 +456,22 @@ def why_no_gpu() -> str:
     return ""
 
 
+@contextlib.contextmanager
+def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
+    """Stop with advice if the GPU runs out of memory; leave other errors as they are."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "out of memory" not in reason:
+            raise
+        raise SystemExit(
+            f"The GPU is out of memory for {what} ({reason}). Close other programs that use it "
+            f"(nvidia-smi lists them){advice}."
+        ) from None
+
+
+@needs_gpu_memory("this script", advice="")
 def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype]:
     """Choose device and precision; stop if a large model would have to train on the CPU."""
     problem = "as DEVICE says" if DEVICE == "cpu" else why_no_gpu()
@@ -467,14 +488,8 @@ def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype
             )
         print(f"Training on the CPU in float32: {problem}.")
         return PartialState(cpu=True, timeout=patience).device, torch.float32
-    try:
-        device = PartialState(timeout=patience).device
-        free = free_memory()
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        raise SystemExit(
-            f"The GPU can't be used: {str(error).splitlines()[0]}. Close other programs that use "
-            "it (nvidia-smi lists them)."
-        ) from None
+    device = PartialState(timeout=patience).device
+    free = free_memory()
     # cuDNN's attention gives NaN gradients on H100 at some lengths (pytorch#196678), and makes a
     # new plan for each of the many shapes here, up to a second each
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1027,6 +1042,7 @@ class LinearPatchEmbedding(torch.nn.Module):
         return torch.nn.functional.linear(patches.to(self.weight.dtype), self.weight, self.bias)
 
 
+@needs_gpu_memory("the model", advice=", or set LOAD_IN_4BIT = True")
 def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load what base.config describes from a folder; stop with the cause if that fails."""
     gc.collect()  # else an earlier model is still there, whose Trainer or collator knows itself
@@ -1043,11 +1059,6 @@ def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedMo
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(
             f"{folder} doesn't load: {error}. Run load_model.py again, it repairs the files."
-        ) from None
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        raise SystemExit(
-            f"The GPU can't take the model: {str(error).splitlines()[0]} Close other programs "
-            "that use it (nvidia-smi lists them), or set LOAD_IN_4BIT = True."
         ) from None
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(report["missing_keys"])[:3]
@@ -1095,6 +1106,7 @@ def open_ahead(images: list[ImageFile], base: Base) -> Iterator[tuple[ImageFile,
         yield from waiting
 
 
+@needs_gpu_memory("the vision tower", advice=", or lower TOWER_BATCH")
 def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) -> dict[str, str]:
     """Run the vision tower over every image that it has not seen yet, each once.
 
@@ -1111,20 +1123,12 @@ def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) 
     state = PartialState()
     ours = unseen[state.process_index :: state.num_processes]
     problems = {}
-    try:
-        tower = load_tower(base)
-        with tqdm(
-            desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN
-        ) as bar:
-            opened = open_ahead(ours, base)
-            while batch := list(itertools.islice(opened, TOWER_BATCH)):
-                see_batch(batch, tower, features, problems)
-                bar.update(len(batch))
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"The GPU can't take the vision tower: {str(error).splitlines()[0]} Close other "
-            "programs that use it (nvidia-smi lists them), or lower TOWER_BATCH."
-        ) from None
+    tower = load_tower(base)
+    with tqdm(desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN) as bar:
+        opened = open_ahead(ours, base)
+        while batch := list(itertools.islice(opened, TOWER_BATCH)):
+            problems.update(see_batch(batch, tower, features))
+            bar.update(len(batch))
     for others in gather_object([problems]):
         problems.update(others)
     return problems
@@ -1132,13 +1136,10 @@ def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) 
 
 @torch.inference_mode()
 def see_batch(
-    batch: list[tuple[ImageFile, Future]],
-    tower: torch.nn.Module,
-    features: KeptFeatures,
-    problems: dict[str, str],
-) -> None:
-    """Run the tower over opened images and keep its output; note those that failed to open."""
-    images, pixels, grids = [], [], []
+    batch: list[tuple[ImageFile, Future]], tower: torch.nn.Module, features: KeptFeatures
+) -> dict[str, str]:
+    """Run the tower over opened images and keep its output; return why others failed to open."""
+    problems, images, pixels, grids = {}, [], [], []
     for image, future in batch:
         try:
             values, grid = future.result()
@@ -1149,7 +1150,7 @@ def see_batch(
         pixels.append(values)
         grids.append(grid)
     if not images:
-        return
+        return problems
     device = next(tower.parameters()).device
     grid = torch.cat(grids)  # (images, 3): frames, rows and columns of patches
     output = tower.get_image_features(
@@ -1166,21 +1167,27 @@ def see_batch(
             f"{CACHE_FOLDER} can't be written ({error.strerror}). What is there is kept. Free some "
             "space, or set CACHE_FOLDER to another disk, and run again to resume."
         ) from None
+    return problems
 
 
 def check_cache_disk(images: list[ImageFile], features: KeptFeatures) -> None:
-    """Say how much will be kept in CACHE_FOLDER; stop if the disk has no room for it."""
+    """Say how much will be kept in CACHE_FOLDER, which has to have room for it."""
     check_writable(CACHE_FOLDER)
     needed = sum(features.size(image) for image in images)
-    free = shutil.disk_usage(CACHE_FOLDER).free
     print(
         f"The vision tower has to see {len(images):,} images. Its output takes "
-        f"{needed / 1e9:.2f} GB in {CACHE_FOLDER}, where {free / 1e9:.0f} GB are free."
+        f"{needed / 1e9:.2f} GB in {CACHE_FOLDER}."
     )
+    check_disk(CACHE_FOLDER, needed, "the vision tower's output")
+
+
+def check_disk(folder: str, needed: int, what: str) -> None:
+    """Stop if a folder's disk has no room for so many bytes: out of space, half a file is left."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(
-            f"Not enough disk space for {CACHE_FOLDER}. Free some, or set CACHE_FOLDER to a "
-            "folder on another disk."
+            f"Not enough disk space for {what} in {folder}: {needed / 1e9:.2f} GB are needed, "
+            f"{free / 1e9:.2f} GB are free. Free some, or set another folder, and run again."
         )
 
 
@@ -1240,14 +1247,13 @@ class Collator:
         # without what differs from image to image
         shapes = [each._replace(path="", digest="") for each in images_of(sample)]
         positions = self.prompt_positions(tuple(prompt), *shapes)
-        if not with_answers:
-            nothing = torch.full((len(prompt),), IGNORE)
-            return Layout(to_tensor(prompt), nothing, torch.zeros_like(nothing), positions)
         tokens = prompt[:-1]
         labels = [IGNORE] * len(tokens)
         owners = [PROMPT] * len(tokens)
         places = []
-        for number, answer in enumerate(sample["answers"], start=1):
+        # what the model is to say has no tokens yet
+        answers = sample["answers"] if with_answers else [[]]
+        for number, answer in enumerate(answers, start=1):
             tokens = [*tokens, prompt[-1], *answer]
             labels = [*labels, IGNORE, *answer]
             owners += [number] * (1 + len(answer))
@@ -1276,6 +1282,7 @@ class Collator:
             "labels": pad_left(labels, IGNORE),  # (B, T)
             "owners": pad_left(owners, PADDING),  # (B, T)
             "position_ids": pad_left(positions, 0).permute(2, 0, 1),  # (3, B, T)
+            "grids": self.grids(images),  # (images, 3)
             "features": features,  # (image tokens of all rows, width)
             "names": [image.path for image in images],
         }
@@ -1354,7 +1361,15 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
     config.vision_config.depth = 0
     # FSDP moves each GPU's share of the weights there by itself
     device = torch.device("cpu") if USES_FSDP and not adapter else base.device
-    options = {"quantization_config": four_bits(base.dtype)} if LOAD_IN_4BIT else {}
+    options = {}
+    if LOAD_IN_4BIT:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=base.dtype,
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        )
     model = load_weights(base._replace(config=config, device=device), MODEL_FOLDER, **options)
     del model.model.visual
     forget_missing_classes(model)
@@ -1379,17 +1394,6 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
     return model
 
 
-def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """Return how LOAD_IN_4BIT stores the weights of the language layers (QLoRA)."""
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-
-
 def forget_missing_classes(model: torch.nn.Module) -> None:
     """Take classes that have no module out of the lists in which FSDP looks them up."""
     present = {type(module).__name__ for module in model.modules()}
@@ -1401,10 +1405,8 @@ def forget_missing_classes(model: torch.nn.Module) -> None:
 
 def check_lora_targets(model: torch.nn.Module) -> None:
     """Stop if LORA_TARGETS names a layer that the language model does not have."""
-    layers = set()
-    for name, module in model.model.language_model.named_modules():
-        if hasattr(module, "in_features"):
-            layers.add(name.rpartition(".")[2])
+    modules = model.model.language_model.named_modules()
+    layers = {name.rpartition(".")[2] for name, each in modules if hasattr(each, "in_features")}
     unknown = sorted(set(LORA_TARGETS) - layers)
     if unknown:
         raise SystemExit(
@@ -1491,8 +1493,8 @@ def generate_captions(
     model.eval()
     captions = []
     # the bar of the training stays where it is
-    options = {"unit": " images", "position": 0, "leave": False, "disable": not IS_MAIN}
-    with tqdm(desc=title, total=len(ours), **options) as bar:
+    options = {"unit": " images", "position": 0, "leave": False}
+    with tqdm(desc=title, total=len(ours), disable=not IS_MAIN or not ours, **options) as bar:
         for start in range(0, len(ours), collator.batch_size):
             numbers = ours[start : start + collator.batch_size]
             batch = [samples[number % len(samples)] for number in numbers]
@@ -1521,10 +1523,7 @@ def generate_batch(
     base = collator.base
     tokenizer = base.processor.tokenizer
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    batch = collator.make_batch(samples, with_answers=False)
-    images = itertools.chain.from_iterable(map(images_of, samples))
-    batch["grids"] = collator.grids(images)
-    batch = send_to_device(batch, base.device)
+    batch = send_to_device(collator.make_batch(samples, with_answers=False), base.device)
     with base.autocast():
         tokens = model.generate(
             input_ids=batch["input_ids"],
@@ -1646,10 +1645,9 @@ class Judge:
         self.collator = collator
         self.samples = held_out_questions(table)
         self.scores = Scores([sample["references"] for sample in self.samples])
-        self.others = []  # a few of the images, with questions that were not trained on
-        for text in OTHER_QUESTIONS:
-            for sample in self.samples[:3]:
-                self.others.append(ask_instead(sample, text, collator.base))
+        # a few of the images, with questions that were not trained on
+        pairs = itertools.product(OTHER_QUESTIONS, self.samples[:3])
+        self.others = [ask_instead(sample, text, collator.base) for text, sample in pairs]
 
     def caption_base(self, model: peft.PeftModel) -> dict[str, list[Caption]]:
         """Caption with the untouched base model, once for all evaluations and resumes."""
@@ -1663,11 +1661,8 @@ class Judge:
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept.pop("key") == key:
-                captions = {}
-                for name, said in kept.items():
-                    captions[name] = list(itertools.starmap(Caption, said))
-                return captions
+            if kept["key"] == key:
+                return {name: list(itertools.starmap(Caption, kept[name])) for name in asked}
         PartialState().wait_for_everyone()  # all have looked before the first one writes
         captions = {}
         with model.disable_adapter():
@@ -1728,7 +1723,7 @@ REPORT = """\
 <meta charset="utf-8">
 <title>{{ title }}</title>
 <style>
-  body { font-family: sans-serif; margin: 2em auto; max-width: 1400px; color: #222 }
+  body { font-family: sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em }
   table { border-collapse: collapse; margin: 1em 0 }
   td, th { padding: 6px 12px; text-align: left; vertical-align: top }
   tr { border-bottom: 1px solid #ddd }
@@ -1853,18 +1848,19 @@ def draw_curves(results: dict, state: State) -> Markup:
     """Draw the course of the training, and how long the captions are, as SVG."""
     history = pandas.DataFrame(state.log_history).groupby("step").first()
     panels = {
-        "loss": {"loss": "training loss", "eval_loss": "held-out loss"},
-        "CIDEr": {"eval_CIDEr": "CIDEr"},
-        "BLEU-4 and ROUGE-L": {"eval_BLEU-4": "BLEU-4", "eval_ROUGE-L": "ROUGE-L"},
-        "learning rate": {"learning_rate": "learning rate"},
-        "gradient norm": {"grad_norm": "gradient norm"},
+        "loss": ["loss", "eval_loss"],
+        "CIDEr": ["eval_CIDEr"],
+        "BLEU-4 and ROUGE-L": ["eval_BLEU-4", "eval_ROUGE-L"],
+        "learning rate": ["learning_rate"],
+        "gradient norm": ["grad_norm"],
     }
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        for name, label in curves.items():
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
             if name in history:
                 points = history[name].dropna()
-                axis.plot(points.index, points, marker=".", label=label)
+                label = name.replace("eval_loss", "held-out loss").removeprefix("eval_")
+                axis.plot(points.index, points, marker=".", label=label.replace("_", " "))
         axis.set(title=title, xlabel="step")
         axis.legend(handles=axis.lines)
     lengths = defaultdict(list)
@@ -1896,7 +1892,7 @@ def write_report(results: dict, state: State, run: dict) -> Path:
     environment.filters["thumbnail"] = make_thumbnail
     page = environment.from_string(REPORT).render(
         title=describe_results(results),
-        summary=f"{len(rows)} held-out images, step {state.global_step} of {state.max_steps}",
+        summary=f"{len(rows)} held-out images, step {results['step']} of {state.max_steps}",
         columns=COLUMNS,
         score_names=SCORE_NAMES,
         results=results,
@@ -1929,10 +1925,8 @@ def print_results(results: dict, report: Path | None) -> None:
         for column in results["scores"]:
             lines.append(f"{column + ':':12}{row[column]['text']}")
         lines += [f"{'reference:':12}{row['references'][0]}", ""]
-    lines.append(" " * 20 + "".join(f"{column:>12}" for column in results["scores"]))
-    for name in SCORE_NAMES:
-        values = [scores.get(name, math.nan) for scores in results["scores"].values()]
-        lines.append(f"{name:20}" + "".join(f"{value:12.3f}" for value in values))
+    table = pandas.DataFrame(results["scores"], index=list(SCORE_NAMES))
+    lines.append(table.to_string(float_format="{:.3f}".format, na_rep="-", col_space=12))
     for name, reason in results["notes"].items():
         lines.append(f"{name} means nothing here: {reason}.")
     lines.append(describe_results(results))
@@ -1947,10 +1941,8 @@ def print_results(results: dict, report: Path | None) -> None:
 class SaveAndStop(transformers.TrainerCallback):
     """Save at the end of each epoch; on Ctrl-C and the like finish the step, save it and stop."""
 
-    def __init__(self) -> None:
-        """Nothing was asked for yet."""
-        self.training = False
-        self.number = 0  # of the signal that asked to stop
+    training = False  # whether there is something to save
+    number = 0  # of the signal that asked to stop
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; before training, and the second time, end the script at once."""
@@ -2157,10 +2149,8 @@ class CaptionTrainer(transformers.Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: int | None = None
-    ) -> torch.Tensor:
-        """Run the passes of a step and add up their gradients; returns the loss of the step."""
+    def training_step(self, model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
+        """Run the passes of a step of count tokens and add up their gradients and losses."""
         # so that a resumed run draws the same dropout
         torch.manual_seed(hash((SEED, self.state.global_step, self.args.process_index)))
         self.clock = self.clock or (time.monotonic(), self.state.global_step)
@@ -2170,8 +2160,8 @@ class CaptionTrainer(transformers.Trainer):
         for batch in others:
             # several processes exchange their gradients once, in the last pass
             with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
+                losses.append(super().training_step(model, batch, count))
+        losses.append(super().training_step(model, last, count))
         loss = torch.stack(losses).sum()
         if not loss.isfinite() and self.accelerator.scaler is None:
             raise SystemExit(
@@ -2181,16 +2171,9 @@ class CaptionTrainer(transformers.Trainer):
             )
         return loss
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
-    ) -> torch.Tensor:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict, **options: Any) -> torch.Tensor:
         """Return the loss of a pass: its sum over tokens, divided by those of the whole step."""
-        inputs = model_inputs(inputs, self.hidden)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, model_inputs(inputs, self.hidden), **options)
 
     def try_pass(self, samples: list[dict]) -> None:
         """Run a training pass whose gradients are thrown away by the caller."""
@@ -2317,7 +2300,7 @@ class CaptionTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
-        self.check_disk(copies=1)
+        self.check_room(checkpoints=1)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if not all(parameter.isfinite().all() for parameter in trained):
             raise SystemExit(
@@ -2336,15 +2319,11 @@ class CaptionTrainer(transformers.Trainer):
             for checkpoint in older[: max(0, len(older) + 1 - KEEP_CHECKPOINTS)]:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def check_disk(self, copies: int) -> None:
-        """Stop if so many checkpoints don't fit on the disk: out of space, half a file is left."""
+    def check_room(self, checkpoints: int) -> None:
+        """Stop if so many checkpoints don't fit on the disk."""
         # Adam keeps two numbers for each weight
-        needed = copies * (3 * trained_bytes(self.model) + 2**24)
-        if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
-            raise SystemExit(
-                f"Not enough disk space for checkpoints in {OUTPUT_FOLDER} "
-                f"({needed / 1e6:.0f} MB needed). Free some and run again."
-            )
+        needed = checkpoints * (3 * trained_bytes(self.model) + 2**24)
+        check_disk(OUTPUT_FOLDER, needed, "checkpoints")
 
 
 def trained_bytes(model: torch.nn.Module) -> int:
@@ -2366,20 +2345,22 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def show_results(results: dict, state: State, run: dict) -> None:
-    """Show an evaluation in report.html, in SwanLab and in the terminal.
-
-    This is for looking: what goes wrong here is said, and tried again after the next epoch.
-    """
+    """Show an evaluation in report.html, in SwanLab and in the terminal."""
     report = None
-    try:
+    with only_for_looking("report.html can't be written"):
         report = write_report(results, state, run)
-    except OSError as error:
-        tqdm.write(f"report.html can't be written ({error.strerror}). Training goes on.")
-    try:
+    with only_for_looking("SwanLab does not take the samples"):
         log_samples(results, state.global_step)
-    except Exception as error:  # SwanLab raises what its server, its disk and its checks raise
-        tqdm.write(f"SwanLab does not take the samples ({error!r}). Training goes on.")
     print_results(results, report)
+
+
+@contextlib.contextmanager
+def only_for_looking(fault: str) -> Iterator[None]:
+    """Say what goes wrong, and continue: it is tried again after the next epoch."""
+    try:
+        yield
+    except Exception as error:  # SwanLab alone raises dozens of kinds
+        tqdm.write(f"{fault} ({error!r}). Training goes on.")
 
 
 def build_trainer(
@@ -2413,6 +2394,9 @@ def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arg
     # where there are fewer images than a step takes, each step sees all of them
     images = max(1, min(IMAGES_PER_STEP, samples) // processes)
     steps = math.ceil(samples / (images * processes))
+    epoch = 0.0
+    if checkpoint:
+        epoch = State.load_from_json(str(checkpoint / "trainer_state.json")).epoch
     arguments = Arguments(
         output_dir=OUTPUT_FOLDER,
         seed=SEED,
@@ -2422,32 +2406,24 @@ def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arg
         # Batches. The collator cuts the images of a step into passes, so that BATCH_SIZE changes
         # nothing else; a step sees as many images on any number of GPUs.
         per_device_train_batch_size=images,
-        gradient_accumulation_steps=1,
         remove_unused_columns=False,  # the collator needs the whole sample
         dataloader_pin_memory=base.device.type == "cuda",
         ddp_find_unused_parameters=False,
         # Optimisation
         num_train_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
-        # Evaluation: on a resume only where the one after an epoch is still missing
+        # Evaluation: at the start too, unless it resumes within an epoch
         eval_strategy="epoch",
-        eval_on_start=checkpoint is None or ended_epoch(checkpoint),
+        eval_on_start=epoch.is_integer(),
         # Logging: at least once per epoch; training_step looks for infinite losses itself
         logging_steps=min(LOG_STEPS, steps),
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         # Checkpoints: CaptionTrainer deletes the older ones
         save_steps=SAVE_STEPS,
-        save_total_limit=None,
     )
     arguments._n_gpu = 1  # one process, one GPU: keep the Trainer from using DataParallel
     return arguments
-
-
-def ended_epoch(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written at the end of an epoch."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return float(state["epoch"]).is_integer()
 
 
 def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
@@ -2468,7 +2444,7 @@ def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
         f"{EPOCHS} epochs of {steps} steps with {images} images each: {EPOCHS * steps} steps. "
         f"Results go to {Path(OUTPUT_FOLDER).absolute()}"
     )
-    trainer.check_disk(copies=KEEP_CHECKPOINTS + 1)
+    trainer.check_room(KEEP_CHECKPOINTS + 1 - len(find_checkpoints()))
     if EPOCHS * steps < 20:
         print(
             f"Only {EPOCHS * steps} steps: that teaches little. Take more images, a higher EPOCHS, "
@@ -2506,16 +2482,16 @@ class SwanLabCurves(transformers.TrainerCallback):
             elif name.startswith("eval_"):
                 points[name.replace("eval_", "eval/", 1)] = value
         if points and swanlab.has_run():
-            swanlab.log(points, step=state.global_step)
+            with only_for_looking("SwanLab does not take the numbers"):
+                swanlab.log(points, step=state.global_step)
 
 
 def start_swanlab(run: dict) -> None:
     """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training goes on."""
     drop_unreadable_variables()
-    config = {**run["versions"], **run["constants"]}
-    if not SHARE_MACHINE_INFO:
-        # folder names may hold a person's name
-        config = {name: value for name, value in config.items() if not is_path(name)}
+    config = public_settings(run)
+    if SHARE_MACHINE_INFO:
+        config = {**run["versions"], **run["constants"]}
     # offline: recorded on disk, for swanlab sync to upload later
     for mode in (SWANLAB_MODE, "offline"):
         try:
@@ -2552,6 +2528,12 @@ def is_path(name: str) -> bool:
     """Tell whether a constant is a path."""
     rule = get_type_hints(sys.modules[__name__], include_extras=True).get(name)
     return rule in (PathText, PathText | None)
+
+
+def public_settings(run: dict) -> dict:
+    """Return versions and constants without paths, which may hold a person's name."""
+    settings = {**run["versions"], **run["constants"]}
+    return {name: value for name, value in settings.items() if not is_path(name)}
 
 
 def drop_unreadable_variables() -> None:
@@ -2628,21 +2610,23 @@ def log_samples(results: dict, step: int) -> None:
         images.append(swanlab.Image(image, caption=caption, file_type="jpg"))
         texts.append(swanlab.Text(caption, caption=caption[:50]))
     swanlab.log({"samples": images, "captions": texts}, step=step)
+    swanlab.config.update({"adapter of step": results["step"]})
 
 
 # ---- Using the result ----------------------------------------------------------------------------
 
 MODEL_CARD = """\
 ---
-base_model: {{ constants.MODEL_FOLDER }}
+base_model: {{ base_model }}
 library_name: peft
 ---
-# LoRA adapter for {{ constants.MODEL_FOLDER }}
+# LoRA adapter for {{ base_model }}
 
 Made by train.py, and judged on {{ results.captions | length }} held-out images after step
 {{ results.step }}:
 
-| score | {{ results.scores | join(" | ") }} |
+| score |{% for column in results.scores %} {{ columns[column] }} |{% endfor %}
+
 |---|{{ "---|" * (results.scores | length) }}
 {% for name in score_names %}
 | {{ name }}{% for scores in results.scores.values() %} | \
@@ -2662,12 +2646,13 @@ def write_model_card(folder: Path, results: dict, run: dict) -> None:
     """Write README.md beside the adapter: what it is, how good, and how to ask it."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
     card = environment.from_string(MODEL_CARD).render(
+        base_model="/".join(Path(MODEL_FOLDER).parts[-2:]),
         results=results,
+        columns=COLUMNS,
         score_names=SCORE_NAMES,
         run=run,
         prompt=run["prompt"].replace("\n", "\\n"),
-        constants=run["constants"],
-        settings={**run["versions"], **run["constants"]},
+        settings=public_settings(run),
     )
     with write_atomically(folder / "README.md") as file:
         file.write(card)
@@ -2684,6 +2669,8 @@ class Request(NamedTuple):
 def read_requests() -> list[Request]:
     """Return what CAPTION names: an image, the images of a folder, or the rows of a CSV."""
     source = Path(CAPTION)
+    if not source.exists():
+        raise SystemExit(f"CAPTION = {CAPTION!r}: there is no {source.absolute()}.")
     if source.is_dir():
         Image.init()
         known = {end for end, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS}
@@ -2729,7 +2716,7 @@ def caption_images(base: Base, run: dict) -> None:
             "a question of its own, in a CSV with the columns image_path and question."
         )
     features = KeptFeatures(base)
-    images = see_requested(wanted, features, base)
+    images = see_requested([request.path for request in wanted], features, base)
     wanted = [request for request in wanted if request.path in images]
     if not wanted:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no image that can be captioned.")
@@ -2737,7 +2724,10 @@ def caption_images(base: Base, run: dict) -> None:
     collator = Collator(base, features, model)
     # what an interrupted start has captioned already
     unfinished = Path(OUTPUT_FOLDER) / "captions.part"
-    captions = read_finished(unfinished)
+    captions = {}
+    with contextlib.suppress(OSError, ValueError):
+        for request, caption in json.loads(unfinished.read_text(encoding="utf-8")):
+            captions[Request(*request)] = caption
     waiting = [request for request in wanted if request not in captions]
     portion = 8 * collator.batch_size * PartialState().num_processes
     for start in range(0, len(waiting), portion):
@@ -2756,11 +2746,9 @@ def caption_images(base: Base, run: dict) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def see_requested(
-    wanted: list[Request], features: KeptFeatures, base: Base
-) -> dict[str, ImageFile]:
+def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[str, ImageFile]:
     """Return the images that can be captioned, by path; name the others."""
-    inspected = inspect_images((request.path for request in wanted), base.side)
+    inspected = inspect_images(paths, base.side)
     whole = [image for image in inspected.values() if not image.problem]
     problems = see_images(whole, features, base)
     images = {}
@@ -2771,15 +2759,6 @@ def see_requested(
         else:
             images[path] = image
     return images
-
-
-def read_finished(path: Path) -> dict[Request, str]:
-    """Return the captions that an interrupted start has made."""
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {Request(*request): caption for request, caption in pairs}
 
 
 def write_captions(rows: list[tuple[Request, str]]) -> None:
@@ -2853,11 +2832,7 @@ def save_merged(base: Base) -> None:
     if IS_MAIN:
         shutil.rmtree(unfinished, ignore_errors=True)
         size = sum(path.stat().st_size for path in Path(MODEL_FOLDER).glob("*.safetensors"))
-        if shutil.disk_usage(OUTPUT_FOLDER).free < 1.02 * size:
-            raise SystemExit(
-                f"Not enough disk space for {folder} ({size / 1e9:.1f} GB needed). Free some and "
-                "run again, or set SAVE_MERGED = False."
-            )
+        check_disk(OUTPUT_FOLDER, 1.02 * size, "the merged model")
         unfinished.mkdir()
         print(f"Merging the adapter into a copy of {MODEL_FOLDER}.")
         merge_adapter(unfinished)
@@ -2901,15 +2876,6 @@ def quiet_libraries() -> None:
     if sys.platform == "linux":
         # the lengths of batches differ: without this, the GPU's memory falls into pieces
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def check_optional_packages() -> None:
-    """Stop if a constant needs a package that is not installed."""
-    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
-        raise SystemExit(
-            "LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to "
-            "False."
-        )
 
 
 def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
@@ -3008,29 +2974,30 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
     """Train and save, with a SwanLab run around it; advice follows the cause of an error."""
     if IS_MAIN:
         start_swanlab(trainer.run)
+    advice = ", lower BATCH_SIZE or set GRADIENT_CHECKPOINTING = True, and run again to resume"
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with needs_gpu_memory("the training", advice):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.training = False
         step = trainer.state.global_step
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
             raise SystemExit(128 + stopper.number)
         if IS_MAIN:
-            save_result()
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"The GPU is out of memory ({str(error).splitlines()[0]}). Set a lower BATCH_SIZE or "
-            "GRADIENT_CHECKPOINTING = True, and run again to resume."
-        ) from None
+            save_result(trainer)
     finally:
         finish_swanlab(sys.exception())
 
 
-def save_result() -> None:
-    """Copy what was kept to OUTPUT_FOLDER."""
-    files = list((Path(OUTPUT_FOLDER) / "kept").iterdir())
+def save_result(trainer: CaptionTrainer) -> None:
+    """Copy what was kept to OUTPUT_FOLDER, and show it if it was not the last evaluation."""
+    kept = Path(OUTPUT_FOLDER) / "kept"
+    results = json.loads((kept / "results.json").read_text(encoding="utf-8"))
+    if results["step"] != trainer.results["step"]:
+        print(f"Step {results['step']} had the highest {results['headline']}: its adapter is kept.")
+        show_results(results, trainer.state, trainer.run)
     # results.json last, for with it the run counts as finished
-    for path in sorted(files, key=lambda path: path.name == "results.json"):
+    for path in sorted(kept.iterdir(), key=lambda path: path.name == "results.json"):
         with write_atomically(Path(OUTPUT_FOLDER) / path.name, "wb") as file:
             file.write(path.read_bytes())
 
@@ -3051,7 +3018,6 @@ def main() -> None:
     """Train the adapter, unless it is trained already, and use it."""
     prepare_console()
     check_constants()
-    check_optional_packages()
     check_launcher()
     quiet_libraries()
     stopper = SaveAndStop()
@@ -3061,6 +3027,8 @@ def main() -> None:
     check_writable(OUTPUT_FOLDER)
     run = describe_run()
     refuse_another_run(run)
+    if CAPTION:
+        read_requests()  # a misspelt path is named now, and not after the training
     base = Base(processor, config, *choose_hardware(config))
     if is_finished():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there.")

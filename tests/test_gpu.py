@@ -331,10 +331,9 @@ def test_the_tower_is_not_waited_for(train, base, workshop, tmp_path):
     features = train.KeptFeatures(base)
     tower = train.load_tower(base)
     batch = list(train.open_ahead(images, base))
-    problems = {}
-    train.see_batch(batch, tower, features, problems)  # warms up
+    train.see_batch(batch, tower, features)  # warms up
     with synchronisations() as caught:
-        train.see_batch(batch, tower, features, problems)
+        problems = train.see_batch(batch, tower, features)
     assert problems == {} and all(map(features.holds, images))
     waits = count_synchronisations(caught)
     print(f"{waits} synchronisations for {len(images)} images")
@@ -380,7 +379,7 @@ def wait_for_checkpoint(folder: Path, run: subprocess.Popen, seconds: float) -> 
 
 
 def test_killed_and_resumed_with_captions_before_and_after(workshop, tmp_path):
-    """A run that is killed goes on where it was saved, and captions before and after it."""
+    """A run that is killed resumes where it was saved, and captions before and after it."""
     run = start_train_py(workshop, tmp_path)
     wait_for_checkpoint(tmp_path, run, 200)
     run.send_signal(signal.SIGKILL)

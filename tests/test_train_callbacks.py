@@ -492,7 +492,7 @@ def spoil(train, monkeypatch, trainer, steps: set[int]) -> None:
 
 
 def test_a_step_without_finite_gradient_is_left_out(train, build, monkeypatch, capsys):
-    """It is named with its images, changes no weight, and the training goes on to its end.
+    """It is named with its images, changes no weight, and the training continues to its end.
 
     Otherwise all weights are NaN one step later, and every resume ends there again.
     """
@@ -527,7 +527,7 @@ def test_three_steps_in_a_row_without_finite_gradient_stop_it(
 
 
 def test_steps_left_out_are_counted_in_a_row(train, build, monkeypatch):
-    """One good step between them, and it goes on."""
+    """One good step between them, and training continues."""
     monkeypatch.setattr(train, "EPOCHS", 3)
     trainer = build()
     spoil(train, monkeypatch, trainer, {1, 2, 4, 5})
@@ -870,7 +870,7 @@ def test_the_result_is_the_best_or_the_last(train, build, settings, monkeypatch,
     for score, epoch, step in ((0.5, 1.0, 2), (0.4, 2.0, 4)):
         trained[0].data.fill_(step)
         evaluation(train, trainer, score, epoch, step)
-    train.save_result()
+    train.save_result(trainer)
     results = json.loads((settings / "results.json").read_text(encoding="utf-8"))
     assert results["step"] == {"best": 2, "last": 4}[keep]
     weights = load_file(settings / "adapter_model.safetensors")
@@ -893,7 +893,7 @@ def test_the_result_counts_when_all_of_it_is_there(train, build, settings, monke
         return replace(source, target)
 
     monkeypatch.setattr(train.os, "replace", note)
-    train.save_result()
+    train.save_result(trainer)
     assert moved[-1] == "results.json" and "adapter_model.safetensors" in moved
     assert train.is_finished()
 
@@ -903,7 +903,7 @@ def test_adapter_files_have_the_permissions_of_the_others(train, build, settings
     """Another user's server can read the adapter where it can read its configuration."""
     trainer = build()
     trainer.train()
-    train.save_result()
+    train.save_result(trainer)
     files = [*settings.rglob("adapter_model.safetensors"), *settings.glob("*.json")]
     assert len(files) > 5
     modes = {oct(path.stat().st_mode & 0o777) for path in files}
@@ -930,13 +930,29 @@ def test_a_full_disk_is_said_before_half_a_checkpoint_is_written(
     trainer = build()
     trainer.create_optimizer()
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(SystemExit, match="Not enough disk space for checkpoints in .* MB needed"):
+    with pytest.raises(
+        SystemExit, match="Not enough disk space for checkpoints in .* GB are needed"
+    ):
         if when == "before training":
             tables = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
             train.announce(tables, trainer)
         else:
             trainer._save_checkpoint(trainer.model, trial=None)
     assert train.find_checkpoints() == []
+
+
+def test_a_resume_needs_no_room_for_checkpoints_that_are_there(train, build, settings, monkeypatch):
+    """What was saved already is not counted again. Otherwise a resume is refused on a full disk."""
+    trainer = build()
+    for step in range(train.KEEP_CHECKPOINTS):
+        (settings / f"checkpoint-{step + 1}").mkdir()
+    one = 3 * train.trained_bytes(trainer.model) + 2**24
+    tables = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=one))
+    train.announce(tables, trainer)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=one - 1))
+    with pytest.raises(SystemExit, match="Not enough disk space for checkpoints"):
+        train.announce(tables, trainer)
 
 
 def test_old_checkpoints_go_when_the_new_one_is_on_the_disk(train, build, settings, monkeypatch):
@@ -997,7 +1013,7 @@ def checkpoints(trained, settings) -> Path:
 
 def test_a_merged_model_is_proven_without_a_cache(train, base, checkpoints, tmp_path, monkeypatch):
     """The tower sees the held-out images again. Otherwise SAVE_MERGED ends in a traceback."""
-    train.save_result()
+    shutil.copy(checkpoints / "kept/results.json", checkpoints)
     monkeypatch.setattr(train, "CACHE_FOLDER", str(tmp_path / "another cache"))
     # the model without its adapter says the same only by chance
     assert 0 <= train.prove_merged(Path(train.MODEL_FOLDER), base) <= 1
@@ -1135,7 +1151,7 @@ def test_the_same_run_is_resumed(train, checkpoints):
     [("LEARNING_RATE", 0.02), ("SEED", 7), ("LORA_TARGETS", ["q_proj"]), ("IMAGE_SIZE", 140)],
 )
 def test_a_changed_constant_is_named(train, checkpoints, monkeypatch, name, value):
-    """Its old and its new value are said. Otherwise the Trainer goes on with the old one."""
+    """Its old and its new value are said. Otherwise the Trainer keeps the old one."""
     before = getattr(train, name)
     monkeypatch.setattr(train, name, value)
     sentence = re.escape(f"{name} was {before!r} and is {value!r} now")

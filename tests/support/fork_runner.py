@@ -161,8 +161,9 @@ def run(script: str, job: dict) -> int:
         module.main()
         code = 0
     except SystemExit as error:
-        code = 1
-        print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         code = 1
         traceback.print_exc()

@@ -99,9 +99,9 @@ def dashboard(log_folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def shrink(picture: Path, target: Path) -> None:
+def shrink(source: Path, target: Path) -> None:
     """Save an image as a small PNG, in one rename."""
-    with Image.open(picture) as image:
+    with Image.open(source) as image:
         image = image.convert("RGB")
         if image.width > WIDTH:
             image = ImageOps.contain(image, (WIDTH, image.height))
@@ -114,9 +114,9 @@ def shrink(picture: Path, target: Path) -> None:
 def photograph(browser: str, address: str, size: tuple[int, int], target: Path) -> None:
     """Save what a browser's window of this size shows of an address."""
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        browse(browser, address, f"--screenshot={picture}", f"--window-size={size[0]},{size[1]}")
-        shrink(picture, target)
+        screenshot = Path(folder, "screenshot.png")
+        browse(browser, address, f"--screenshot={screenshot}", f"--window-size={size[0]},{size[1]}")
+        shrink(screenshot, target)
 
 
 def draw_row(cells: list[tuple[Image.Image, list[str]]], title: str = "") -> Image.Image:
@@ -161,9 +161,9 @@ def draw_demo(results: dict, target: Path) -> None:
         "CPU demo: a Qwen2-VL of 1.3 million parameters, on generated shapes it was not trained on"
     )
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        draw_row(cells, title).save(picture)
-        shrink(picture, target)
+        strip = Path(folder, "strip.png")
+        draw_row(cells, title).save(strip)
+        shrink(strip, target)
 
 
 def draw_photos(folder: Path) -> None:
