@@ -2670,18 +2670,27 @@ def read_requests() -> list[Request]:
     """Return what CAPTION names: an image, the images of a folder, or the rows of a CSV."""
     source = Path(CAPTION)
     if not source.exists():
-        raise SystemExit(f"CAPTION = {CAPTION!r}: there is no {source.absolute()}.")
+        raise SystemExit(f"CAPTION = {CAPTION!r} names no image: {source.absolute()} is missing.")
     if source.is_dir():
         Image.init()
         known = {end for end, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS}
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
-        return [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
-    if source.suffix.lower() != ".csv":
-        return [Request(CAPTION, os.path.abspath(source), "")]
+        wanted = [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
+    elif source.suffix.lower() == ".csv":
+        wanted = read_rows(source)
+    else:
+        wanted = [Request(CAPTION, os.path.abspath(source), "")]
+    if not wanted:
+        raise SystemExit(f"CAPTION = {CAPTION!r} names no image.")
+    return wanted
+
+
+def read_rows(source: Path) -> list[Request]:
+    """Return the images and questions that a CSV names, relative to its folder."""
     rows = read_csv(source)
     if rows and "image_path" not in rows[0]:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
-    requests_made = []
+    wanted = []
     for row in rows:
         path = os.path.abspath(source.parent / row["image_path"].replace("\\", "/"))
         try:
@@ -2690,8 +2699,8 @@ def read_requests() -> list[Request]:
             raise SystemExit(
                 f"CAPTION = {CAPTION!r}: the question about {path} can't be asked: {reason}."
             ) from None
-        requests_made.append(Request(row["image_path"], path, question))
-    return requests_made
+        wanted.append(Request(row["image_path"], path, question))
+    return wanted
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
