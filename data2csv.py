@@ -227,8 +227,9 @@ def check_proxy(url: str) -> str:
     place = " and ".join(names) or "the settings of your system"
     try:
         parts = urllib3.util.parse_url(proxy)
-        port = parts.port or PROXY_PORTS[parts.scheme or "http"]
-        socket.create_connection((parts.host.strip("[]"), port), CONNECT_TIMEOUT).close()
+        port = PROXY_PORTS[parts.scheme or "http"]
+        address = (parts.host.strip("[]"), parts.port or port)
+        socket.create_connection(address, CONNECT_TIMEOUT).close()
     # All but OSError: no such kind, host or port
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "misspelt"
@@ -502,7 +503,7 @@ def fetch_images(downloader: Downloader, table: dict[int, Entry], wanted: int) -
                         failures += 1
                 if failures >= MAX_FAILURES:
                     raise SystemExit(
-                        f"{failures} images in a row could not be downloaded. "
+                        f"{MAX_FAILURES} images in a row could not be downloaded. "
                         "Check your network and run again."
                     )
         except BaseException:  # else the pool waits until everything is downloaded

@@ -82,7 +82,7 @@ MAX_RETRIES: PositiveInt = 4  # in a row, of a file of which nothing arrives
 IMAGE_FOLDER: PathText = "coco_2014_caption"  # its first image is captioned, if there is a GPU
 QUESTION: Text = "Describe this image in one sentence."
 LARGEST_SIDE: PositiveInt = 640  # pixels; a photo of a camera would take gigabytes
-MAX_NEW_TOKENS: PositiveInt = 40  # a caption that does not end by itself is cut here
+CAPTION_TOKENS: PositiveInt = 40  # a caption that does not end by itself is cut here
 
 # The training whose memory is estimated
 BATCH_SIZES: Counts = [1, 2, 4, 8, 16]  # images per forward pass
@@ -202,8 +202,9 @@ def check_proxy(url: str) -> str:
     place = " and ".join(names) or "the settings of your system"
     try:
         parts = urllib3.util.parse_url(proxy)
-        port = parts.port or PROXY_PORTS[parts.scheme or "http"]
-        socket.create_connection((parts.host.strip("[]"), port), CONNECT_TIMEOUT).close()
+        port = PROXY_PORTS[parts.scheme or "http"]
+        address = (parts.host.strip("[]"), parts.port or port)
+        socket.create_connection(address, CONNECT_TIMEOUT).close()
     # All but OSError: no such kind, host or port
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "misspelt"
@@ -454,7 +455,7 @@ def list_wanted(hub: Hub) -> list[RemoteFile]:
     print(f"Asking {hub.title} for the files of {MODEL_ID} ({hub.revision}).", flush=True)
     try:
         files = hub.list_files()
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, requests.JSONDecodeError):
         raise OSError("its answer is not a list of files. Is a login needed first?") from None
     wanted = []
     for file in files:
@@ -738,8 +739,7 @@ def caption(model: PreTrainedModel, path: Path) -> str:
     inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)
     # The checkpoint brings settings for sampling, which greedy search doesn't have
     sampling = dict.fromkeys(("temperature", "top_p", "top_k"))
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **sampling}
-    tokens = model.generate(**inputs, **options)
+    tokens = model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False, **sampling)
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return processor.decode(answer, skip_special_tokens=True).strip()
 

@@ -17,12 +17,15 @@ The server reads one line of JSON for each job and answers with one. Windows has
 run is a process as any other, and `start` is not available.
 """
 
+import atexit
+import functools
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -74,7 +77,7 @@ class Runner:
         ignore: tuple[str, ...] = (),
         **constants,
     ) -> Run:
-        """Begin a run in the folder `work`; a variable in `env` that is None is unset.
+        """Begin a run in `work`, with this process's variables and `env`; None unsets one.
 
         At the function named by `hold` it waits until a signal ends it. The signals in `ignore`
         are ignored from the start, as nohup does with SIGHUP.
@@ -84,7 +87,7 @@ class Runner:
             path.write_text("")  # else a test could read what the run before has printed
         pid = self.ask(
             cwd=str(work),
-            env=env,
+            env={**os.environ, **env},
             hold=hold,
             ignore=ignore,
             constants=constants,
@@ -108,6 +111,14 @@ class Runner:
         if os.name != "nt":
             self.process.stdin.close()
             assert self.process.wait(10) == 0
+
+
+@functools.cache
+def shared_runner(script: str) -> Runner:
+    """The process that imported a script, for the tests of all modules; it ends with them."""
+    runner = Runner(script, {"PYTHONPATH": str(TESTS / "support/guard")})
+    atexit.register(runner.close)
+    return runner
 
 
 # The server
@@ -152,7 +163,8 @@ def run(script: str, job: dict) -> int:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     for name in [name for name in sys.modules if name.partition(".")[0] in REREAD]:
         del sys.modules[name]
-    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    if "huggingface_hub" in sys.modules:
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
     try:
         constants = [f"{name}={json.dumps(value)}" for name, value in job["constants"].items()]
         module = load(script, constants)
@@ -166,6 +178,7 @@ def run(script: str, job: dict) -> int:
     except BaseException:
         code = 1
         traceback.print_exc()
+    threading._shutdown()  # wait for threads, as the interpreter does at its end
     sys.stdout.flush()
     sys.stderr.flush()
     return code
