@@ -465,13 +465,13 @@ def test_faults_that_stay(run, site, folder, model_hub, place, fault, message):
         pytest.skip("its client has no lowest speed: the bar shows that next to nothing arrives")
     path = site.listing if place == "listing" else site.place(place)
     model_hub.faults[path] = fault
-    done = run(folder, model_hub, HURRY)
+    done = run(folder, model_hub, HURRY, MAX_RETRIES=1)
     assert re.search(message, one_sentence(done))
     assert not (folder / FOLDER / ".complete.json").exists()
     if place == "listing":
         return
     assert SHARD not in contents(folder / FOLDER)
-    if fault in (stall, drip):  # the waiting is seen
+    if fault in (stall, drip):  # that it waits is seen
         assert SHARD in done.stderr and re.search("retrying|Trying to resume", done.stderr)
     model_hub.faults.clear()
     model_hub.requests.clear()
@@ -976,7 +976,7 @@ def test_killed_at_any_moment(runner, site, model_hub, tmp_path):
     model_hub.faults[site.place("")] = slow(0.04)
     model_hub.faults[site.large_file] = slow(0.04)
     environment = site.environment(model_hub)
-    works = [tmp_path / str(number) for number in range(21)]
+    works = [tmp_path / str(number) for number in range(11)]
     for work in works:
         work.mkdir()
     start = time.monotonic()
@@ -993,13 +993,11 @@ def test_killed_at_any_moment(runner, site, model_hub, tmp_path):
         assert runner.end(killed).returncode in (-signal.SIGKILL, 0)
         left.append(sum(map(len, everything(work / FOLDER).values())))
     # The moments were different ones, most of them while files arrived
-    assert len(set(left)) >= 5, left
+    assert len(set(left)) >= 4, left
     model_hub.faults.clear()
-    for first in range(1, 21, 4):
-        batch = works[first : first + 4]
-        runs = [runner.start(work, environment, HUB=site.name) for work in batch]
-        assert [runner.end(each).returncode for each in runs] == [0] * 4
-        assert [everything(work / FOLDER) == expected for work in batch] == [True] * 4
+    for work in works[1:]:
+        assert runner(work, environment, HUB=site.name).returncode == 0
+        assert everything(work / FOLDER) == expected
 
 
 def stop_at(runner: Runner, run: Run, moment: str, number: int) -> subprocess.CompletedProcess:
@@ -1017,9 +1015,18 @@ def stop_at(runner: Runner, run: Run, moment: str, number: int) -> subprocess.Co
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["Asking", "to download", "verifying", "no network is used"])
-def test_stopped_with_one_sentence(runner, site, whole, model_hub, number, moment):
+@pytest.mark.parametrize(
+    ("moment", "signal_name"),
+    [
+        ("Asking", "SIGINT"),
+        ("to download", "SIGINT"),
+        ("to download", "SIGTERM"),
+        ("to download", "SIGHUP"),
+        ("verifying", "SIGTERM"),
+        ("no network is used", "SIGHUP"),
+    ],
+)
+def test_stopped_with_one_sentence(runner, site, whole, model_hub, moment, signal_name):
     """Ctrl-C, kill and a closed terminal end a run at once, in a sentence, and spoil nothing."""
     expected = everything(whole / FOLDER)
     hold = ""
@@ -1034,7 +1041,7 @@ def test_stopped_with_one_sentence(runner, site, whole, model_hub, number, momen
     if moment == "no network is used":
         hold = "load"
     started = runner.start(whole, site.environment(model_hub), hold, HUB=site.name)
-    stop_at(runner, started, moment, number)
+    stop_at(runner, started, moment, signal.Signals[signal_name])
     model_hub.faults.clear()
     assert runner(whole, site.environment(model_hub), HUB=site.name).returncode == 0
     assert everything(whole / FOLDER) == expected

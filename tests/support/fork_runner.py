@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 from conftest import TESTS, run_script, variables
 from support.launch import load
+from support.training import MODEL
 
 # Modules that read the environment while they are imported, below the script itself
 REREAD = ("modelscope_hub",)
@@ -126,7 +127,10 @@ def shared_runner(script: str) -> Runner:
 
 def serve(script: str) -> None:
     """Answer the jobs on stdin, one line each."""
-    load(script, [])
+    module = load(script, [])
+    if hasattr(module, "AutoModelForImageTextToText"):  # imports much when it is first used
+        module.torch.set_num_threads(1)  # a fork has none of its parent's threads
+        module.AutoModelForImageTextToText.from_pretrained(MODEL)
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
