@@ -291,6 +291,8 @@ class Downloader:
         problems = []
         try:
             for url in self.attempts(urls):
+                if self.stopping.is_set():
+                    return None
                 try:
                     self.download(url, unfinished, label)
                     content = read(unfinished)
@@ -316,10 +318,7 @@ class Downloader:
         failing_last = sorted(urls, key=lambda url: self.failures[host_of(url)] >= HOST_FAILURES)
         for number in range(ROUNDS):
             self.stopping.wait(number * BACKOFF)
-            for url in failing_last:
-                if self.stopping.is_set():
-                    return
-                yield url
+            yield from failing_last
 
     def download(self, url: str, path: Path, label: str) -> None:
         """Write to path what a URL gives, exactly as it is served, unless it is large or slow."""

@@ -291,10 +291,8 @@ class HuggingFace:
         self.commit = model.sha
         files = []
         for each in model.siblings:
-            if each.lfs:  # git LFS keeps large files, by their SHA-256
-                files.append(RemoteFile(each.rfilename, each.lfs.size, each.lfs.sha256))
-            else:
-                files.append(RemoteFile(each.rfilename, each.size, None, each.blob_id))
+            sha256 = each.lfs.sha256 if each.lfs else None  # git LFS keeps large files
+            files.append(RemoteFile(each.rfilename, each.size, sha256, each.blob_id))
         return files
 
     def download(self, file: RemoteFile) -> None:
@@ -410,9 +408,8 @@ def read_record() -> list[RemoteFile] | None:
         record = json.loads(Path(MODEL_FOLDER, RECORD_FILE).read_text(encoding="utf-8"))
         model, revision = record["model"], record["revision"]
         files = [RemoteFile(name, **entry) for name, entry in record["files"].items()]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, LookupError, TypeError, AttributeError):  # damaged: ask the hub again
+    # Missing, or damaged: the hub is asked again
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
         return None
     # The default branches of both hubs hold the same files
     revisions = [REVISION] if REVISION else [ModelScope.branch, HuggingFace.branch]
@@ -452,7 +449,7 @@ def is_filled_by_hand() -> bool:
 
 def list_wanted(hub: Hub) -> list[RemoteFile]:
     """Return the repository's files that match WANTED_FILES; stop if one would leave the folder."""
-    print(f"Asking {hub.title} for the files of {MODEL_ID} ({hub.revision}).", flush=True)
+    print(f"Asking {hub.title} for the files of {MODEL_ID} ({hub.revision}).")
     try:
         files = hub.list_files()
     except (json.JSONDecodeError, requests.JSONDecodeError):
@@ -472,7 +469,7 @@ def list_wanted(hub: Hub) -> list[RemoteFile]:
             f"loaded. Check MODEL_ID, REVISION and WANTED_FILES."
         )
     total = sum(file.size for file in wanted)
-    print(f"{len(wanted)} files, {total / 1e9:.2f} GB in all.", flush=True)
+    print(f"{len(wanted)} files, {total / 1e9:.2f} GB in all.")
     return wanted
 
 
@@ -488,16 +485,15 @@ def download(hub: Hub, wanted: list[RemoteFile]) -> None:
         check_space(missing)
         fetch(hub, missing)
     write_record(hub, wanted)
-    print(f"{MODEL_FOLDER} is complete: each file is as {hub.title} lists it.", flush=True)
+    print(f"{MODEL_FOLDER} is complete: each file is as {hub.title} lists it.")
 
 
 def check_space(missing: list[RemoteFile]) -> None:
     """Stop if the disk is too small for what is still to be downloaded."""
-    needed = 0
-    for file in missing:
-        needed += max(0, file.size - file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")))
+    parts = [file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")) for file in missing]
+    needed = max(0, sum(file.size for file in missing) - sum(parts))
     free = shutil.disk_usage(MODEL_FOLDER).free
-    print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.", flush=True)
+    print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.")
     if needed > free:
         raise SystemExit(
             f"Not enough disk space for {MODEL_FOLDER}: {needed / 1e9:.1f} GB are needed, "
@@ -532,11 +528,11 @@ def ensure_model() -> None:
     recorded = read_record()
     damaged = find_damaged_files(recorded) if recorded else []
     if recorded and not damaged:
-        print(f"{MODEL_FOLDER} is complete, and no network is used.", flush=True)
+        print(f"{MODEL_FOLDER} is complete, and no network is used.")
         return
     if damaged:
         names = ", ".join(file.path for file in damaged)
-        print(f"Missing or altered, and downloaded again: {names}", flush=True)
+        print(f"Missing or altered, and downloaded again: {names}")
     hub = ModelScope() if HUB == "modelscope" else HuggingFace()
     proxy = check_proxy(hub.url)
     try:
@@ -545,7 +541,7 @@ def ensure_model() -> None:
         problem = explain(hub, error, proxy)
         if damaged or not is_filled_by_hand():
             raise SystemExit(problem) from None
-        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}", flush=True)
+        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}")
         return
     download(hub, wanted)
 
@@ -564,9 +560,7 @@ def check_config() -> None:
         raise SystemExit(f"{path} is damaged. Delete it and run again to download it.") from None
     if quantised:
         plain = QUANTISED.sub("", MODEL_ID)
-        instead = "the model that it was made from"
-        if plain != MODEL_ID:
-            instead = f'MODEL_ID = "{plain}"'
+        instead = f'MODEL_ID = "{plain}"' if plain != MODEL_ID else "the one it was made from"
         raise SystemExit(
             f"{MODEL_ID} is quantised and can't be trained. Take {instead}, and set "
             f"LOAD_IN_4BIT = True in train.py if the GPU has too little memory for it."
@@ -595,7 +589,7 @@ def load() -> PreTrainedModel:
             size += os.fstat(file.fileno()).st_size
     free = psutil.virtual_memory().available
     # A system that runs out of memory ends the script without a word
-    print(f"Loading {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free.", flush=True)
+    print(f"Loading {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free.")
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             MODEL_FOLDER,
@@ -639,7 +633,7 @@ def print_parts(model: PreTrainedModel) -> None:
         print(f"{part:36}{count:>15,} parameters")
     libraries = ("torch", "transformers", "peft", "modelscope", "huggingface_hub")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    print(f"{model.dtype}, every weight in its place; {versions}", flush=True)
+    print(f"{model.dtype}, every weight in its place; {versions}")
 
 
 # ---- The memory that a training needs

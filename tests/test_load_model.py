@@ -829,7 +829,7 @@ QUANTISED = {
     "Qwen/Qwen3-VL-4B-Instruct-FP8": "Qwen/Qwen3-VL-4B-Instruct",
     "someone/Qwen2-VL-7B-Instruct-bnb-4bit": "someone/Qwen2-VL-7B-Instruct",
     "someone/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit": "someone/Qwen2.5-VL-3B-Instruct",
-    "someone/small-and-fast": "the model that it was made from",
+    "someone/small-and-fast": "the one it was made from",
 }
 
 
