@@ -1727,7 +1727,7 @@ REPORT = """\
 <meta charset="utf-8">
 <title>{{ title }}</title>
 <style>
-  body { font-family: sans-serif; margin: 2em auto; max-width: 1400px; color: #222 }
+  body { font-family: sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em }
   table { border-collapse: collapse; margin: 1em 0 }
   td, th { padding: 6px 12px; text-align: left; vertical-align: top }
   tr { border-bottom: 1px solid #ddd }
@@ -1863,7 +1863,8 @@ def draw_curves(results: dict, state: State) -> Markup:
         for name in names:
             if name in history:
                 points = history[name].dropna()
-                axis.plot(points.index, points, marker=".", label=name)
+                label = name.replace("eval_loss", "held-out loss").removeprefix("eval_")
+                axis.plot(points.index, points, marker=".", label=label.replace("_", " "))
         axis.set(title=title, xlabel="step")
         axis.legend(handles=axis.lines)
     lengths = defaultdict(list)
@@ -1895,7 +1896,7 @@ def write_report(results: dict, state: State, run: dict) -> Path:
     environment.filters["thumbnail"] = make_thumbnail
     page = environment.from_string(REPORT).render(
         title=describe_results(results),
-        summary=f"{len(rows)} held-out images, step {state.global_step} of {state.max_steps}",
+        summary=f"{len(rows)} held-out images, step {results['step']} of {state.max_steps}",
         columns=COLUMNS,
         score_names=SCORE_NAMES,
         results=results,
@@ -2052,10 +2053,11 @@ class HeaviestPass(transformers.TrainerCallback):
             # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
             if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
                 return best, checkpointing
+        recompute = "" if checkpointing else "set GRADIENT_CHECKPOINTING = True, "
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
-            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), lower "
-            "BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
+            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), "
+            f"{recompute}lower BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
         )
 
     def largest_that_fits(self, sizes: list[int], limit: float) -> int:
@@ -2092,16 +2094,20 @@ class HeaviestPass(transformers.TrainerCallback):
         missing = 0 if trainer.optimizer.state else 2 * trained
         if trainer.args.world_size > 1:
             missing += trained
+        tables = (trainer.train_dataset, trainer.eval_dataset)
+        kinds = []
+        for column in ("tokens", "learned"):
+            kind = [heaviest(table, column, size) for table in tables]
+            if kind not in kinds:  # often the longest samples have most to learn, too
+                kinds.append(kind)
         reset_peak()
         try:
-            for column in ("tokens", "learned"):
-                samples = heaviest(trainer.train_dataset, column, size)
+            for training, held_out in kinds:
                 # from the second pass on there are gradients to add to
-                trainer.try_pass(samples)
-                trainer.try_pass(samples)
+                trainer.try_pass(training)
+                trainer.try_pass(training)
                 # an evaluation needs less, unless its samples are much heavier
-                samples = heaviest(trainer.eval_dataset, column, size)
-                trainer.token_losses(self.collator.make_pass(samples))
+                trainer.token_losses(self.collator.make_pass(held_out))
         finally:
             trainer.model.zero_grad()
         return peak_memory() + missing
@@ -2110,7 +2116,8 @@ class HeaviestPass(transformers.TrainerCallback):
 def heaviest(table: datasets.Dataset, column: str, size: int) -> list[dict]:
     """Return the samples with the largest numbers in a column."""
     order = numpy.argsort(table[column][:], kind="stable")
-    return table.select(order[-size:]).to_list()
+    # in the order of the table: the same samples are the same list, whatever made them heavy
+    return table.select(numpy.sort(order[-size:])).to_list()
 
 
 class CaptionTrainer(transformers.Trainer):
@@ -2518,10 +2525,9 @@ class SwanLabCurves(transformers.TrainerCallback):
 def start_swanlab(run: dict) -> None:
     """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training goes on."""
     drop_unreadable_variables()
-    config = {**run["versions"], **run["constants"]}
-    if not SHARE_MACHINE_INFO:
-        # folder names may hold a person's name
-        config = {name: value for name, value in config.items() if not is_path(name)}
+    config = public_settings(run)
+    if SHARE_MACHINE_INFO:
+        config = {**run["versions"], **run["constants"]}
     # offline: recorded on disk, for swanlab sync to upload later
     for mode in (SWANLAB_MODE, "offline"):
         try:
@@ -2558,6 +2564,12 @@ def is_path(name: str) -> bool:
     """Tell whether a constant is a path."""
     rule = get_type_hints(sys.modules[__name__], include_extras=True).get(name)
     return rule in (PathText, PathText | None)
+
+
+def public_settings(run: dict) -> dict:
+    """Return versions and constants without paths, which may hold a person's name."""
+    settings = {**run["versions"], **run["constants"]}
+    return {name: value for name, value in settings.items() if not is_path(name)}
 
 
 def drop_unreadable_variables() -> None:
@@ -2631,21 +2643,23 @@ def log_samples(results: dict, step: int) -> None:
         images.append(swanlab.Image(image, caption=caption, file_type="jpg"))
         texts.append(swanlab.Text(caption, caption=caption[:50]))
     swanlab.log({"samples": images, "captions": texts}, step=step)
+    swanlab.config.update({"adapter of step": results["step"]})
 
 
 # ---- Using the result ----------------------------------------------------------------------------
 
 MODEL_CARD = """\
 ---
-base_model: {{ constants.MODEL_FOLDER }}
+base_model: {{ base_model }}
 library_name: peft
 ---
-# LoRA adapter for {{ constants.MODEL_FOLDER }}
+# LoRA adapter for {{ base_model }}
 
 Made by train.py, and judged on {{ results.captions | length }} held-out images after step
 {{ results.step }}:
 
-| score | {{ results.scores | join(" | ") }} |
+| score |{% for column in results.scores %} {{ columns[column] }} |{% endfor %}
+
 |---|{{ "---|" * (results.scores | length) }}
 {% for name in score_names %}
 | {{ name }}{% for scores in results.scores.values() %} | \
@@ -2665,12 +2679,13 @@ def write_model_card(folder: Path, results: dict, run: dict) -> None:
     """Write README.md beside the adapter: what it is, how good, and how to ask it."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.ChainableUndefined)
     card = environment.from_string(MODEL_CARD).render(
+        base_model="/".join(Path(MODEL_FOLDER).parts[-2:]),
         results=results,
+        columns=COLUMNS,
         score_names=SCORE_NAMES,
         run=run,
         prompt=run["prompt"].replace("\n", "\\n"),
-        constants=run["constants"],
-        settings={**run["versions"], **run["constants"]},
+        settings=public_settings(run),
     )
     with write_atomically(folder / "README.md") as file:
         file.write(card)
@@ -2687,17 +2702,28 @@ class Request(NamedTuple):
 def read_requests() -> list[Request]:
     """Return what CAPTION names: an image, the images of a folder, or the rows of a CSV."""
     source = Path(CAPTION)
+    if not source.exists():
+        raise SystemExit(f"CAPTION = {CAPTION!r} names no image: {source.absolute()} is missing.")
     if source.is_dir():
         Image.init()
         known = {end for end, kind in Image.EXTENSION.items() if kind in IMAGE_FORMATS}
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
-        return [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
-    if source.suffix.lower() != ".csv":
-        return [Request(CAPTION, os.path.abspath(source), "")]
+        wanted = [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
+    elif source.suffix.lower() == ".csv":
+        wanted = read_rows(source)
+    else:
+        wanted = [Request(CAPTION, os.path.abspath(source), "")]
+    if not wanted:
+        raise SystemExit(f"CAPTION = {CAPTION!r} names no image.")
+    return wanted
+
+
+def read_rows(source: Path) -> list[Request]:
+    """Return the images and questions that a CSV names, relative to its folder."""
     rows = read_csv(source)
     if rows and "image_path" not in rows[0]:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
-    requests_made = []
+    wanted = []
     for row in rows:
         path = os.path.abspath(source.parent / row["image_path"].replace("\\", "/"))
         try:
@@ -2706,8 +2732,8 @@ def read_requests() -> list[Request]:
             raise SystemExit(
                 f"CAPTION = {CAPTION!r}: the question about {path} can't be asked: {reason}."
             ) from None
-        requests_made.append(Request(row["image_path"], path, question))
-    return requests_made
+        wanted.append(Request(row["image_path"], path, question))
+    return wanted
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -3030,8 +3056,12 @@ def save_result(trainer: CaptionTrainer) -> None:
         shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
     if not IS_MAIN:
         return
-    # last, for with it the run counts as finished
     results = unfinished / "results.json"
+    kept = json.loads(results.read_text(encoding="utf-8"))
+    if kept["step"] != trainer.results["step"]:
+        print(f"Step {kept['step']} had the highest {kept['headline']}: its adapter is kept.")
+        show_results(kept, trainer.state, trainer.run)
+    # last, for with it the run counts as finished
     others = shutil.ignore_patterns("results.json")
     shutil.copytree(unfinished, folder, ignore=others, dirs_exist_ok=True, copy_function=os.replace)
     os.replace(results, folder / "results.json")
@@ -3064,6 +3094,8 @@ def main() -> None:
     check_writable(OUTPUT_FOLDER)
     run = describe_run()
     refuse_another_run(run)
+    if CAPTION:
+        read_requests()  # a misspelt path is named now, and not after the training
     base = Base(processor, config, *choose_hardware(config))
     if is_finished():
         print(f"{OUTPUT_FOLDER} holds this run, finished: open report.html there.")

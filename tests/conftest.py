@@ -1,4 +1,7 @@
-"""What the tests share: a script run as a user runs it, in a folder of its own, the stand-in hub as its network."""
+"""What the tests share.
+
+A script runs as a user runs it, in a folder of its own, with the stand-in hub as its network.
+"""
 
 import csv
 import json
@@ -11,22 +14,30 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import launch
-from support.hub import Hub
+from support.hub import MODEL_ID, Hub
 from support.training import MODEL, SIDE, draw_scene
 
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 300  # seconds a script may take in a test
 
-posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and limits are POSIX here")
+posix = pytest.mark.posix
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than 5 seconds")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, skipped without one")
+    config.addinivalue_line("markers", "posix: needs POSIX signals, pipes or limits")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked posix on Windows."""
+    for item in items:
+        if os.name == "nt" and item.get_closest_marker("posix"):
+            item.add_marker(pytest.mark.skip(reason="signals, pipes and limits are POSIX here"))
 
 
 def command(script: str, **constants) -> list[str]:
-    """The command line that runs `script` with these constants."""
+    """Return the command line that runs `script` with these constants."""
     values = [
         f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in constants.items()
     ]
@@ -34,14 +45,14 @@ def command(script: str, **constants) -> list[str]:
 
 
 def variables(env: dict[str, str]) -> dict[str, str]:
-    """This process's environment with `env` on top; scripts print in UTF-8 on every system."""
+    """Return this environment with `env` on top; scripts print in UTF-8 on every system."""
     return {**os.environ, "PYTHONUTF8": "1", **env}
 
 
 def run_script(
     script: str, cwd: Path, env: dict[str, str], timeout: float = TIMEOUT, **constants
 ) -> subprocess.CompletedProcess:
-    """Run `script` in the folder `cwd` through launch.py; `env` is what Hub.environment() gives, or more."""
+    """Run `script` in the folder `cwd` through launch.py, with `env` from Hub.environment()."""
     return subprocess.run(
         command(script, **constants),
         cwd=cwd,
@@ -61,9 +72,10 @@ def run_and_stop(
     sent: signal.Signals = signal.SIGKILL,
     **constants,
 ) -> subprocess.CompletedProcess:
-    """Run `script`, send a signal to it and its workers after `seconds` (as Ctrl-C does), return what it left behind.
+    """Run `script`, signal it and its workers after `seconds` as Ctrl-C does, return the rest.
 
-    A script that is done by then simply ends; one that outlives the signal by a minute fails the test. POSIX only.
+    A script that is done by then simply ends; one that outlives the signal by a minute fails the
+    test. POSIX only.
     """
     options = {
         "stdout": subprocess.PIPE,
@@ -91,16 +103,15 @@ def run_and_stop(
 def write_pictures(
     folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)
 ) -> Path:
-    """A folder as the hub serves it: captions.csv with these (image_path, caption) rows, and a small JPEG a path."""
+    """Write a folder as the hub serves it: captions.csv with `rows`, one small JPEG per path."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image_path", "caption"), *rows])
     for number, path in enumerate(dict.fromkeys(path for path, _ in rows)):
-        picture = Image.effect_noise(size, 40).convert(
-            "RGB"
-        )  # noise: large enough to be cut in the middle
-        picture.paste((number * 40 % 256, number * 90 % 256, 200), (8, 8, 40, 32))
-        picture.save(folder / path, "JPEG", quality=90)
+        # noise gives a file large enough to be cut in the middle
+        image = Image.effect_noise(size, 40).convert("RGB")
+        image.paste((number * 40 % 256, number * 90 % 256, 200), (8, 8, 40, 32))
+        image.save(folder / path, "JPEG", quality=90)
     return folder
 
 
@@ -124,13 +135,13 @@ CAPTIONS = [
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Six small pictures, one with three captions and one with two, with the quirks of the real text."""
+    """Six small images, one with three captions and one with two, as quirky as the real text."""
     return write_pictures(tmp_path / "pictures", CAPTIONS)
 
 
 @pytest.fixture
 def hub(pictures: Path):
-    """A hub that serves `pictures`; at the end of the test the guard must have had nothing to refuse."""
+    """A hub that serves `pictures`; at the end the guard must have had nothing to refuse."""
     with Hub(pictures) as server:
         yield server
         assert server.refusals() == [], "a script tried to leave this machine"
@@ -215,3 +226,59 @@ def image_folder(tmp_path: Path) -> Path:
     draw_scene(folder / "one.jpg", "star", "red", "blue")
     draw_scene(folder / "two.jpg", "circle", "pink", "black")
     return folder
+
+
+# ---- Whole runs of the four scripts on the small model, one project for the whole session.
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A hub with 30 scenes of 2 captions each and the small model."""
+    from support import runs
+
+    images = runs.write_images(tmp_path_factory.mktemp("served"))
+    with Hub(images, {MODEL_ID: MODEL}) as hub:
+        yield hub
+        assert hub.refusals() == [], "a script tried to leave this machine"
+
+
+@pytest.fixture(scope="session")
+def prepared(served, tmp_path_factory) -> Path:
+    """A folder after the first three scripts. Copy it: see runs.another()."""
+    from support import runs
+
+    return runs.prepare(tmp_path_factory.mktemp("prepared"), served)
+
+
+@pytest.fixture(scope="session")
+def train_runner(served):
+    """train.py imported once, with each run a process of its own."""
+    from support.fork_runner import Runner
+
+    runner = Runner("train.py", {"OMP_NUM_THREADS": "1", **served.environment()})
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def run_train(train_runner, served):
+    """A function that runs train.py in a folder with the constants of a small run."""
+    from support import runs
+
+    def run(folder: Path, **constants) -> subprocess.CompletedProcess:
+        environment = {"OMP_NUM_THREADS": "1", **served.environment()}
+        return train_runner(folder, environment, **{**runs.SMALL, **constants})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared, served, tmp_path_factory) -> tuple[Path, str]:
+    """A folder after a run of train.py as a user starts it, and what that printed. Only read it."""
+    from support import runs
+
+    folder = runs.another(prepared, tmp_path_factory.mktemp("undisturbed"))
+    environment = {"OMP_NUM_THREADS": "1", **served.environment()}
+    done = run_script("train.py", folder, environment, **runs.SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout + done.stderr

@@ -380,7 +380,7 @@ def wait_for_checkpoint(folder: Path, run: subprocess.Popen, seconds: float) -> 
 
 
 def test_killed_and_resumed_with_captions_before_and_after(workshop, tmp_path):
-    """A run that is killed goes on where it was saved, and captions before and after it."""
+    """A run that is killed resumes where it was saved, and captions before and after it."""
     run = start_train_py(workshop, tmp_path)
     wait_for_checkpoint(tmp_path, run, 200)
     run.send_signal(signal.SIGKILL)

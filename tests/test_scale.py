@@ -57,9 +57,9 @@ def test_made_up_images_differ():
     import io
 
     from PIL import Image
-    from tools.scale_data2csv import made_up_picture
+    from tools.scale_data2csv import made_up_image
 
-    jpeg = made_up_picture((64, 48))
+    jpeg = made_up_image((64, 48))
     first, second = (with_comment(jpeg, text) for text in ("1", "2"))
     assert first != second
     for content in (first, second):

@@ -1,4 +1,4 @@
-"""The small model that the other tests lean on: it must see, and be laid out, as the real one does."""
+"""The small model that the other tests need: it sees, and is laid out, as the real one is."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from support import scenes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FOLDER = Path(__file__).parent / "support/tiny_qwen2vl"
-SEED = 20_260  # of the pictures below; make_tiny_model.py trained on and measured with others
+SEED = 20_260  # of the images below; make_tiny_model.py trained on and measured with others
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,17 @@ def text(value: str) -> dict:
 
 
 def test_it_describes_scenes_it_never_saw(model, processor):
-    """A base model that doesn't see would let a broken pixel path pass every test, and the demo's promise fail."""
+    """It describes nine in ten images of held-out scenes to the letter.
+
+    Otherwise a broken way of the pixels would pass every test.
+    """
     held_out = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
     rng = random.Random(SEED)
     chosen = [held_out[number % len(held_out)] for number in range(48)]
-    pictures = [scenes.draw(scene, rng).resize((112, 112)) for scene in chosen]
+    images = [scenes.draw(scene, rng).resize((112, 112)) for scene in chosen]
     question = user(text("请描述这张图片: "), {"type": "image"})
     prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=[prompt] * 48, images=pictures, return_tensors="pt")
+    inputs = processor(text=[prompt] * 48, images=images, return_tensors="pt")
     with torch.inference_mode():
         produced = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     answers = processor.batch_decode(
@@ -56,15 +59,14 @@ def test_it_describes_scenes_it_never_saw(model, processor):
 
 
 def test_answers_end_by_themselves(model, processor):
-    """Descriptions that run on until max_new_tokens: the token that ends an answer was not learnt, or not declared."""
-    picture = scenes.draw(
-        scenes.Scene("circle", "red", "large", "white"), random.Random(SEED)
-    ).resize((112, 112))
+    """A description ends with the token that ends an answer, long before max_new_tokens."""
+    scene = scenes.Scene("circle", "red", "large", "white")
+    image = scenes.draw(scene, random.Random(SEED)).resize((112, 112))
     prompt = processor.apply_chat_template(
         user({"type": "image"}, text("Describe this image.")), tokenize=False
     )
     prompt += "<|im_start|>assistant\n"
-    inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
     produced = model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(produced) == (
         "The image shows a large red circle in the middle of a plain white background.<|im_end|>"
@@ -72,7 +74,10 @@ def test_answers_end_by_themselves(model, processor):
 
 
 def test_files_are_laid_out_as_the_hubs():
-    """A stand-in with other files than the real repository's lets a loader pass that fails on the real one."""
+    """The folder has the files of the real repository, and stays small.
+
+    Otherwise a loader passes that fails on the real one.
+    """
     names = {path.name for path in FOLDER.iterdir()}
     assert names == {
         "LICENSE",
@@ -101,10 +106,12 @@ def test_files_are_laid_out_as_the_hubs():
 
 
 def test_it_loads_without_a_warning(caplog, monkeypatch):
-    """A missing weight or an unknown key of the configuration is only a warning, and a model that sees nothing."""
-    monkeypatch.setattr(
-        logging.getLogger("transformers"), "propagate", True
-    )  # it keeps its records to itself
+    """Processor and model load without a warning, and no weight is missing.
+
+    Otherwise a missing weight is only a warning, and a model that sees nothing.
+    """
+    # transformers keeps its records to itself
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings(record=True) as caught:
         AutoProcessor.from_pretrained(FOLDER)
         _, report = AutoModelForImageTextToText.from_pretrained(FOLDER, output_loading_info=True)
@@ -114,11 +121,15 @@ def test_it_loads_without_a_warning(caplog, monkeypatch):
 
 
 def test_special_tokens_stand_in_qwens_order(model, processor):
-    """`<|image_pad|>` under another number than the configuration says: features and tokens don't match."""
+    """The 14 special tokens have ids in Qwen's order, the same as in the configuration.
+
+    Otherwise features and image tokens don't match.
+    """
     tokenizer = processor.tokenizer
     names = (
-        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-        "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
+        "<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
+        "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
     ).split()
     first = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert tokenizer.convert_tokens_to_ids(names) == list(range(first, first + 14))
@@ -139,7 +150,10 @@ def test_special_tokens_stand_in_qwens_order(model, processor):
     ],
 )
 def test_tokenizer_gives_back_any_text(processor, caption):
-    """A vocabulary without all 256 bytes loses what it never saw: Chinese captions would train as nothing."""
+    """Encoded and decoded, any text comes back.
+
+    Otherwise the vocabulary loses what it never saw, Chinese captions for example.
+    """
     ids = processor.tokenizer(caption)["input_ids"]
     assert processor.tokenizer.decode(ids) == unicodedata.normalize("NFC", caption)
 
@@ -157,15 +171,20 @@ def test_tokenizer_gives_back_any_text(processor, caption):
         ),
         (
             [{"image": "a.jpg"}, text(" and\n"), {"type": "image", "image": "b.jpg"}],
-            "<|vision_start|><|image_pad|><|vision_end|> and\n<|vision_start|><|image_pad|><|vision_end|>",
+            "<|vision_start|><|image_pad|><|vision_end|> and\n"
+            "<|vision_start|><|image_pad|><|vision_end|>",
         ),
     ],
 )
 def test_prompt_is_the_real_ones(processor, content, expected):
-    """A template that moves the picture or strips a blank makes tests pass on a prompt that users never train."""
-    assert processor.apply_chat_template(
+    """The template keeps images and blanks in their places, as the real one does.
+
+    Otherwise tests pass on a prompt that users never train.
+    """
+    prompt = processor.apply_chat_template(
         user(*content), add_generation_prompt=True, tokenize=False
-    ) == (
+    )
+    assert prompt == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{expected}<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -173,20 +192,25 @@ def test_prompt_is_the_real_ones(processor, content, expected):
 
 
 def test_held_out_scenes_are_a_tenth_and_apart():
-    """Held-out combinations that are also trained on would measure memory instead of sight."""
+    """45 of the 448 scenes are held out, and each of their words is seen in other scenes.
+
+    Otherwise a test measures memory instead of sight.
+    """
     every = scenes.all_scenes()
     held_out = {scene for scene in every if scenes.is_held_out(scene)}
     assert len(every) == len(set(every)) == 448
     assert len(held_out) == 45
-    trained = set(every) - held_out  # each word of a held-out scene is seen in other combinations
+    trained = set(every) - held_out
     for fact in ("shape", "colour", "size", "background"):
-        assert {getattr(scene, fact) for scene in held_out} <= {
-            getattr(scene, fact) for scene in trained
-        }
+        seen = {getattr(scene, fact) for scene in trained}
+        assert {getattr(scene, fact) for scene in held_out} <= seen
 
 
 def test_terse_and_wordy_captions_never_meet():
-    """A terse caption that two scenes share, or that the base already gives, would count as learnt by luck."""
+    """No caption belongs to two scenes, and no terse one is a wordy one.
+
+    Otherwise a caption counts as learnt by luck.
+    """
     captions = [
         caption
         for scene in scenes.all_scenes()
@@ -195,12 +219,10 @@ def test_terse_and_wordy_captions_never_meet():
     assert len(captions) == len(set(captions)) == 448 * 6
 
 
-def test_folder_holds_pictures_and_their_captions(tmp_path):
-    """The same picture twice for one scene, or a caption beside the wrong picture, spoils what is learnt from it."""
-    circle, star = (
-        scenes.Scene("circle", "red", "large", "white"),
-        scenes.Scene("star", "pink", "small", "black"),
-    )
+def test_folder_holds_images_and_their_captions(tmp_path):
+    """Each caption stands beside its own image, and a scene given twice gets two images."""
+    circle = scenes.Scene("circle", "red", "large", "white")
+    star = scenes.Scene("star", "pink", "small", "black")
     table = scenes.write_folder(tmp_path, [circle, star, circle], captions_per_image=2, seed=1)
     assert table.read_text(encoding="utf-8").splitlines() == [
         "image_path,caption",
@@ -211,6 +233,5 @@ def test_folder_holds_pictures_and_their_captions(tmp_path):
         "images/100002.jpg,a small pink star on a black background",
         "images/100003.jpg,a large red circle on a white background",
     ]
-    assert (tmp_path / "images/100001.jpg").read_bytes() != (
-        tmp_path / "images/100003.jpg"
-    ).read_bytes()
+    first, second = (tmp_path / f"images/{number}.jpg" for number in (100001, 100003))
+    assert first.read_bytes() != second.read_bytes()

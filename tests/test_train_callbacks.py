@@ -107,12 +107,20 @@ def logs_of(trainer, name: str) -> list[float]:
 # ---- The heaviest pass
 
 
-def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys):
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys, monkeypatch, kinds):
     """It is run in training mode, for both kinds of heavy batches, held-out ones included.
 
-    Nothing of it is left. Otherwise memory runs out in the middle of a night.
+    Where the longest samples are those with most to learn, once. Nothing of it is left. Otherwise
+    memory runs out in the middle of a night.
     """
     trainer = build()
+    order = {"tokens": [0, 1], "learned": [0, 1] if kinds == 1 else [0, 2]}
+    monkeypatch.setattr(
+        train,
+        "heaviest",
+        lambda table, column, size: [table[n % len(table)] for n in order[column]],
+    )
     seen = []
     layer = trainer.model.get_base_model().model.language_model.layers[0]
     hook = layer.register_forward_hook(
@@ -123,7 +131,7 @@ def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys):
     train.HeaviestPass(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
     hook.remove()
     # twice, as gradients of the first are there in the second, then two that are held out
-    assert seen == [(True, 2), (True, 2), (False, 2)] * 2
+    assert seen == [(True, 2), (True, 2), (False, 2)] * kinds
     assert all(weight.grad is None for weight in trainer.model.parameters())
     assert torch.equal(adapter_of(trainer), before) and not trainer.optimizer.state
     printed = capsys.readouterr().out
@@ -139,9 +147,9 @@ def test_heavy_are_the_longest_and_those_with_most_to_learn(train):
         {"tokens": 20, "learned": 5},
     ]
     table = train.datasets.Dataset.from_list(rows)
-    assert train.heaviest(table, "tokens", 2) == [rows[2], rows[1]]
-    assert train.heaviest(table, "learned", 2) == [rows[2], rows[0]]
-    assert train.heaviest(table, "learned", 8) == [rows[1], rows[2], rows[0]]
+    assert train.heaviest(table, "tokens", 2) == [rows[1], rows[2]]
+    assert train.heaviest(table, "learned", 2) == [rows[0], rows[2]]
+    assert train.heaviest(table, "learned", 8) == train.heaviest(table, "tokens", 8) == rows
 
 
 @pytest.mark.parametrize(("processes", "numbers"), [(1, 2), (2, 3)])
@@ -283,9 +291,12 @@ def test_no_more_is_tried_than_a_process_has_images(choosing):
 
 @pytest.mark.parametrize("constants", [{}, {"BATCH_SIZE": 8}, {"GRADIENT_CHECKPOINTING": False}])
 def test_a_pass_that_does_not_fit_at_all_is_one_sentence(choosing, constants):
-    """It says how much is free, and what to lower."""
-    with pytest.raises(SystemExit, match="does not fit into the 10.0 GiB that are free on the GPU"):
+    """It says how much is free, what to lower, and what is switched off."""
+    sentence = "does not fit into the 10.0 GiB that are free on the GPU"
+    with pytest.raises(SystemExit, match=sentence) as error:
         choosing(meter(9.5, 1, 0.1), constants)
+    off = constants.get("GRADIENT_CHECKPOINTING") is False
+    assert ("GRADIENT_CHECKPOINTING = True" in str(error.value)) == off
 
 
 def test_all_processes_choose_the_same(choosing):
@@ -488,7 +499,7 @@ def spoil(train, monkeypatch, trainer, steps: set[int]) -> None:
 
 
 def test_a_step_without_finite_gradient_is_left_out(train, build, monkeypatch, capsys):
-    """It is named with its images, changes no weight, and the training goes on to its end.
+    """It is named with its images, changes no weight, and the training continues to its end.
 
     Otherwise all weights are NaN one step later, and every resume ends there again.
     """
@@ -523,7 +534,7 @@ def test_three_steps_in_a_row_without_finite_gradient_stop_it(
 
 
 def test_steps_left_out_are_counted_in_a_row(train, build, monkeypatch):
-    """One good step between them, and it goes on."""
+    """One good step between them, and training continues."""
     monkeypatch.setattr(train, "EPOCHS", 3)
     trainer = build()
     spoil(train, monkeypatch, trainer, {1, 2, 4, 5})
@@ -1113,7 +1124,7 @@ def test_the_same_run_is_resumed(train, checkpoints):
     [("LEARNING_RATE", 0.02), ("SEED", 7), ("LORA_TARGETS", ["q_proj"]), ("IMAGE_SIZE", 140)],
 )
 def test_a_changed_constant_is_named(train, checkpoints, monkeypatch, name, value):
-    """Its old and its new value are said. Otherwise the Trainer goes on with the old one."""
+    """Its old and its new value are said. Otherwise the Trainer keeps the old one."""
     before = getattr(train, name)
     monkeypatch.setattr(train, name, value)
     sentence = re.escape(f"{name} was {before!r} and is {value!r} now")

@@ -62,8 +62,11 @@ def make_qwen3_vl(shared: dict) -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, **shared))
 
 
-def make_model(family: str, folder: Path) -> Path:
-    """Write a random model of a family into a folder, and return the folder."""
+def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random model of a family into a folder, and return the folder.
+
+    What it says is so close to chance that rounding merged weights to bfloat16 changes it.
+    """
     folder.mkdir(parents=True)
     for name in TEXT_FILES:
         shutil.copy(MODEL / name, folder)
@@ -76,7 +79,7 @@ def make_model(family: str, folder: Path) -> Path:
         text[name] = own[name]
     torch.manual_seed(0)
     model = {"qwen2_5_vl": make_qwen2_5_vl, "qwen3_vl": make_qwen3_vl}[family](shared)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
 
     vision = model.config.vision_config
     processor = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]

@@ -11,6 +11,8 @@ and limits of the hubs' clients, is imported anew in the child.
     run = runner.start(folder, hub.environment())  # a run that is under way
     os.kill(run.pid, signal.SIGKILL)
     done = runner.end(run)
+    # killed at the start of the third call of a function
+    done = runner(folder, hub.environment(), at=("KeptFeatures.write", 3, "SIGKILL"))
     runner.close()
 
 The server reads one line of JSON for each job and answers with one. Windows has no fork: there, a
@@ -18,8 +20,10 @@ run is a process as any other, and `start` is not available.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -30,6 +34,9 @@ import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
+
+with contextlib.suppress(ImportError):  # Windows has none
+    import resource
 
 from conftest import TESTS, run_script, variables
 from support.launch import load
@@ -52,6 +59,7 @@ class Runner:
 
     def __init__(self, script: str, environment: dict[str, str]):
         self.script = script
+        self.variables = dict(os.environ)
         if os.name == "nt":
             return
         self.process = subprocess.Popen(
@@ -76,21 +84,27 @@ class Runner:
         env: dict[str, str | None],
         hold: str = "",
         ignore: tuple[str, ...] = (),
+        at: tuple[str, int, str] | None = None,
         **constants,
     ) -> Run:
-        """Begin a run in `work`, with this process's variables and `env`; None unsets one.
+        """Begin a run in the folder `work`; a variable in `env` that is None is unset.
 
         At the function named by `hold` it waits until a signal ends it. The signals in `ignore`
-        are ignored from the start, as nohup does with SIGHUP.
+        are ignored from the start, as nohup does with SIGHUP. What happens `at` a moment is a
+        function, the number of its call, and a signal that it sends itself, or "full disk", which
+        lasts for that call.
         """
+        # What a test has set since the server started
+        changed = dict(os.environ.items() - self.variables.items())
         out, err = work.with_name(f"{work.name}.out"), work.with_name(f"{work.name}.err")
         for path in (out, err):
             path.write_text("")  # else a test could read what the run before has printed
         pid = self.ask(
             cwd=str(work),
-            env={**os.environ, **env},
+            env={**changed, **env},
             hold=hold,
             ignore=ignore,
+            at=at,
             constants=constants,
             out=str(out),
             err=str(err),
@@ -128,7 +142,7 @@ def shared_runner(script: str) -> Runner:
 def serve(script: str) -> None:
     """Answer the jobs on stdin, one line each."""
     module = load(script, [])
-    if hasattr(module, "AutoModelForImageTextToText"):  # imports much when it is first used
+    if script == "load_model.py":  # the first model that is loaded imports much
         module.torch.set_num_threads(1)  # a fork has none of its parent's threads
         module.AutoModelForImageTextToText.from_pretrained(MODEL)
     print("ready", flush=True)
@@ -174,11 +188,14 @@ def run(script: str, job: dict) -> int:
         module = load(script, constants)
         if job["hold"]:
             setattr(module, job["hold"], lambda *_: time.sleep(600))
+        if job["at"]:
+            disturb(module, *job["at"])
         module.main()
         code = 0
     except SystemExit as error:
-        code = 1
-        print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         code = 1
         traceback.print_exc()
@@ -186,6 +203,36 @@ def run(script: str, job: dict) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def disturb(module, name: str, number: int, what: str) -> None:
+    """Let a signal or a full disk meet one call of a function, such as KeptFeatures.write."""
+    *owners, last = name.split(".")
+    for owner in owners:
+        module = getattr(module, owner)
+    function, calls = getattr(module, last), itertools.count(1)
+
+    def disturbed(*args, **kwargs):
+        if next(calls) != number:
+            return function(*args, **kwargs)
+        if what == "full disk":
+            with full_disk():
+                return function(*args, **kwargs)
+        os.kill(os.getpid(), getattr(signal, what))
+        return function(*args, **kwargs)
+
+    setattr(module, last, disturbed)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Let files end where they would on a full disk: after a few bytes, by an OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def reap(pid: int, deadline: float) -> int:

@@ -2,8 +2,9 @@
 
     python tests/support/launch.py train.py EPOCHS=1 'MODEL_FOLDER="some/folder"'
 
-The script is looked for in the current folder, then in the project's. Values are JSON. A name that the script does not
-define is an error, so that a renamed constant cannot leave a test running on the default.
+The script is looked for in the current folder, then in the project's. Values are JSON. A name that
+the script does not define is an error, so that a renamed constant cannot leave a test running on
+the default.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def load(script: str, assignments: list[str]):
-    """Import `script` under its stem, set the constants of `assignments` ("NAME=JSON"), return the module."""
+    """Import `script` under its stem and set the constants of `assignments` ("NAME=JSON")."""
     path = Path(script) if Path(script).is_file() else PROJECT / script
     if not path.is_file():
         raise SystemExit(f"{script}: no such script, neither here nor in {PROJECT}.")
@@ -45,7 +46,7 @@ def like(default, value):
     return value
 
 
-# A spawned worker process imports this file as "__mp_main__" with the same arguments: it gets the same constants.
+# A spawned worker imports this file as "__mp_main__" with the same arguments: the same constants.
 if __name__ in ("__main__", "__mp_main__"):
     if len(sys.argv) < 2:
         raise SystemExit("Usage: python tests/support/launch.py SCRIPT.py NAME=JSON ...")

@@ -1,12 +1,14 @@
-"""Generated scenes with captions: what the small model of the tests was taught to see, and the data of the rehearsal.
+"""Generated scenes with captions: what the small model was taught to see, and the demo's data.
 
-A scene is one figure on a plain background: 4 shapes x 8 colours x 2 sizes x 7 other colours behind = 448 combinations.
-A tenth of them, chosen by a hash, is held out: the small model never saw a picture of those. Each picture of a scene
-differs from the next one (place, tilt, size, shade, light, grain), and each scene has a wordy description, which the
-small model gives by itself, and five terse captions, which a fine-tuning has to teach it. Where exactly the figure
-stands is in no caption.
+A scene is one figure on a plain background: 4 shapes x 8 colours x 2 sizes x 7 other colours
+behind = 448 combinations. A tenth of them, chosen by a hash, is held out: the small model never
+saw an image of those. No two images of a scene are the same (place, tilt, size, shade, light and
+grain differ). Each scene has a wordy description, which the small model gives by itself, and five
+terse captions, which a fine-tuning has to teach it. No caption says where the figure is.
 
-    python tests/support/scenes.py FOLDER   writes 100 scenes as FOLDER/images/*.jpg and FOLDER/captions.csv, to look at
+To look at some, this writes 100 scenes as FOLDER/images/*.jpg and FOLDER/captions.csv:
+
+    python tests/support/scenes.py FOLDER
 """
 
 import csv
@@ -21,10 +23,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {
-    "large": (0.72, 0.82),
-    "small": (0.42, 0.50),
-}  # the figure's diameter, as a share of the picture's side
+# the figure's diameter, as a fraction of the image's side
+SIZES = {"large": (0.72, 0.82), "small": (0.42, 0.50)}
 COLOURS = {
     "red": (215, 30, 35),
     "yellow": (245, 215, 30),
@@ -35,13 +35,15 @@ COLOURS = {
     "black": (22, 22, 24),
     "white": (240, 240, 238),
 }
-OVERSAMPLING = 3  # figures are drawn this much larger and scaled down, which smooths their edges
-FIRST_IMAGE_ID = 100_001  # pictures of a folder are named by number, as COCO's are
+# figures are drawn this much larger and scaled down, which smooths their edges
+OVERSAMPLING = 3
+# the images of a folder are named by number, as COCO's are
+FIRST_IMAGE_ID = 100_001
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one of SHAPES in one of COLOURS and one of SIZES, on another one of COLOURS."""
+    """What an image shows: a shape in a colour and a size, on another colour."""
 
     shape: str
     colour: str
@@ -50,7 +52,7 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """The 448 combinations, always in the same order."""
+    """Return the 448 combinations, always in the same order."""
     return [
         Scene(shape, colour, size, background)
         for shape in SHAPES
@@ -62,21 +64,22 @@ def all_scenes() -> list[Scene]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True for about a tenth of the combinations, the same on every machine: no picture of these is ever trained on."""
+    """Return True for a tenth of the scenes, the same on every machine: never trained on."""
     key = f"{scene.size} {scene.colour} {scene.shape} on {scene.background}"
     return hashlib.sha256(key.encode("utf-8")).digest()[0] < 26  # 26 / 256
 
 
 def wordy(scene: Scene) -> str:
-    """The description that the small model was pretrained to give."""
+    """Return the description that the small model was pretrained to give."""
     figure = f"{scene.size} {scene.colour} {scene.shape}"
     return f"The image shows a {figure} in the middle of a plain {scene.background} background."
 
 
 def terse(scene: Scene) -> list[str]:
-    """Five captions as different people would write them, the plainest first. Each tells every fact of the scene.
+    """Return five captions as different people would write them, the plainest first.
 
-    They share their words: a model that begins as one person and ends as another still writes one of the five.
+    Each has every fact of the scene. They share their words: a model that begins as one person
+    and ends as another still writes one of the five.
     """
     figure = f"{scene.size} {scene.colour} {scene.shape}"
     return [
@@ -89,7 +92,7 @@ def terse(scene: Scene) -> list[str]:
 
 
 def _corners(shape: str, radius: float, tilt: float) -> list[tuple[float, float]]:
-    """Corner points around (0, 0) of a shape whose corners lie on a circle of this radius; `tilt` in degrees."""
+    """Return corners around (0, 0), on a circle of this radius, turned by `tilt` degrees."""
     if shape == "square":
         spokes = [(45 + 90 * corner, radius) for corner in range(4)]
     elif shape == "triangle":
@@ -104,27 +107,27 @@ def _corners(shape: str, radius: float, tilt: float) -> list[tuple[float, float]
 
 
 def _shade(colour: str, rng: random.Random) -> tuple[int, ...]:
-    """The colour, each channel a little off, so that no two pictures have the same red."""
+    """Return the colour, each channel a little off: no two images have the same red."""
     return tuple(min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLOURS[colour])
 
 
-def _light_and_grain(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A soft shadow from one side and the grain of a sensor, as photos have them."""
-    gradient = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(picture.size)
-    darker = picture.point(lambda value: round(0.82 * value))
-    picture = Image.composite(darker, picture, gradient)
-    grain = Image.frombytes("RGB", picture.size, rng.randbytes(3 * picture.width * picture.height))
-    return Image.blend(picture, grain, 0.05)
+def _light_and_grain(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Add a soft shadow from one side and the grain of a sensor, as photos have them."""
+    gradient = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(image.size)
+    darker = image.point(lambda value: round(0.82 * value))
+    image = Image.composite(darker, image, gradient)
+    grain = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
+    return Image.blend(image, grain, 0.05)
 
 
 def draw(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
-    """One picture of the scene, side x side pixels, RGB. The same state of `rng` gives the same picture."""
+    """Draw the scene, side x side pixels in RGB; the same state of `rng` gives the same image."""
     canvas = side * OVERSAMPLING
-    picture = Image.new("RGB", (canvas, canvas), _shade(scene.background, rng))
+    image = Image.new("RGB", (canvas, canvas), _shade(scene.background, rng))
     radius = canvas * rng.uniform(*SIZES[scene.size]) / 2
     centre_x, centre_y = (canvas * (0.5 + rng.uniform(-0.07, 0.07)) for _ in range(2))
     tilt, fill = rng.uniform(-10, 10), _shade(scene.colour, rng)
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     if scene.shape == "circle":
         radius *= 0.88  # about the area that the other shapes have
         pen.ellipse(
@@ -135,16 +138,17 @@ def draw(scene: Scene, rng: random.Random, side: int = 224) -> Image.Image:
             [(centre_x + x, centre_y + y) for x, y in _corners(scene.shape, radius, tilt)],
             fill=fill,
         )
-    return _light_and_grain(picture.resize((side, side), Image.Resampling.BOX), rng)
+    return _light_and_grain(image.resize((side, side), Image.Resampling.BOX), rng)
 
 
 def write_folder(
     folder: Path, scenes: Iterable[Scene], captions_per_image: int = 5, seed: int = 0
 ) -> Path:
-    """Writes a picture and terse captions of each scene (a scene given twice gets two); returns the CSV's path.
+    """Write an image and terse captions of each scene, return the table's path.
 
-    `folder/images/NUMBER.jpg` in the order of `scenes`, and `folder/captions.csv` (UTF-8, `image_path,caption`, one row
-    a caption), where the second captions follow after the first one of every picture, as in COCO's own table.
+    A scene given twice gets two images. Writes `folder/images/NUMBER.jpg` in the order of
+    `scenes`, and `folder/captions.csv` (UTF-8, `image_path,caption`, one row per caption), where
+    all first captions come before the second ones, as in COCO's own table.
     """
     scenes, rng, folder = list(scenes), random.Random(seed), Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-r"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sharded as on cards.
+r"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sharded as on GPUs.
 
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 \
         tests/support/sharded.py tests/support/launch.py train.py ...
 
-Each process tells how much of the model it holds.
+Each process prints how much of the model it holds.
 """
 
 import runpy
@@ -15,30 +15,25 @@ from torch.distributed.tensor import DTensor
 begin, prepare = state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model
 
 
-def begin_as_on_cards(self, *args, **kwargs):
+def begin_as_on_gpus(self, *args, **kwargs):
     """AcceleratorState makes FSDP of MULTI_GPU, but not of MULTI_CPU."""
     if state.PartialState(cpu=True).distributed_type == state.DistributedType.MULTI_CPU:
         state.PartialState().distributed_type = state.DistributedType.MULTI_GPU
     begin(self, *args, **kwargs)
 
 
-def prepare_and_tell(*args):
+def prepare_and_print(*args):
     model = prepare(*args)
-    held = sum(
-        p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters()
-    )
-    print(
-        f"holds {held / sum(p.numel() for p in model.parameters()):.2f} of the model",
-        file=sys.stderr,
-        flush=True,
-    )
+    own, whole = 0, 0
+    for weight in model.parameters():
+        own += (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
+        whole += weight.numel()
+    print(f"holds {own / whole:.2f} of the model", file=sys.stderr, flush=True)
     return model
 
 
 if __name__ == "__main__":
-    state.AcceleratorState.__init__, accelerator.fsdp2_prepare_model = (
-        begin_as_on_cards,
-        prepare_and_tell,
-    )
+    state.AcceleratorState.__init__ = begin_as_on_gpus
+    accelerator.fsdp2_prepare_model = prepare_and_print
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

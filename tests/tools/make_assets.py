@@ -3,8 +3,8 @@
     python tests/tools/make_assets.py            demo.png, preview.png, dashboard.png, report.png
     python tests/tools/make_assets.py PHOTOS     coco.jpg and ATTRIBUTION.md
 
-The first runs the CPU demo as tests/demo.py does, about 2 minutes on 2 cores, and takes screenshots
-of what it leaves, for which it needs Chromium or Chrome. The second draws a row of photos: PHOTOS
+The first runs the CPU demo as tests/demo.py does, a minute on 2 cores, and takes screenshots of
+what it leaves, for which it needs Chromium or Chrome. The second draws a row of photos: PHOTOS
 holds captions.csv (image_path, caption) and ATTRIBUTION.csv (image_path, license_url, flickr_url,
 coco_url).
 """
@@ -23,6 +23,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -39,8 +40,8 @@ BROWSERS = (
     "chrome",
     "msedge",
 )
-DASHBOARD_SIZE = (1200, 1330)  # pixels of the browser's window
-REPORT_SIZE = (1400, 1600)
+DASHBOARD_SIZE = (1440, 905)  # pixels of the browser's window
+REPORT_SIZE = (1460, 1510)
 WIDTH, COLOURS = 1200, 200  # of a PNG, at most: they keep each below 300 KB
 PHOTOS = ("000000000285", "000000012667", "000000215245", "000000427034")
 CELL = 290  # pixels of an image in a row of images
@@ -99,9 +100,9 @@ def dashboard(log_folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def shrink(picture: Path, target: Path) -> None:
+def shrink(source: Path, target: Path) -> None:
     """Save an image as a small PNG, in one rename."""
-    with Image.open(picture) as image:
+    with Image.open(source) as image:
         image = image.convert("RGB")
         if image.width > WIDTH:
             image = ImageOps.contain(image, (WIDTH, image.height))
@@ -114,31 +115,57 @@ def shrink(picture: Path, target: Path) -> None:
 def photograph(browser: str, address: str, size: tuple[int, int], target: Path) -> None:
     """Save what a browser's window of this size shows of an address."""
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        browse(browser, address, f"--screenshot={picture}", f"--window-size={size[0]},{size[1]}")
-        shrink(picture, target)
+        screenshot = Path(folder, "screenshot.png")
+        browse(browser, address, f"--screenshot={screenshot}", f"--window-size={size[0]},{size[1]}")
+        shrink(screenshot, target)
 
 
-def draw_row(cells: list[tuple[Image.Image, list[str]]], title: str = "") -> Image.Image:
-    """Draw images side by side, lines of text below each, and a title above all."""
+class Cell(NamedTuple):
+    """An image with lines of text below it; words outside `known`, if given, are marked."""
+
+    image: Image.Image
+    lines: list[str]
+    known: set[str] | None = None
+
+
+def draw_row(cells: list[Cell], title: str = "") -> Image.Image:
+    """Draw cells side by side, and a title above all."""
     font = ImageFont.load_default(LETTERS)
     line_height = LETTERS * 3 // 2
     top = GAP + (line_height + GAP if title else 0)
     wrapped = []
-    for _, lines in cells:
-        wrapped.append([part for line in lines for part in wrap(line, font)])
+    for cell in cells:
+        wrapped.append([part for line in cell.lines for part in wrap(line, font)])
     height = top + CELL + GAP + max(map(len, wrapped)) * line_height + GAP
     sheet = Image.new("RGB", (GAP + len(cells) * (CELL + GAP), height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, "#555", font)
-    for number, (image, _) in enumerate(cells):
+    for number, cell in enumerate(cells):
         left = GAP + number * (CELL + GAP)
-        sheet.paste(ImageOps.fit(image.convert("RGB"), (CELL, CELL)), (left, top))
+        sheet.paste(ImageOps.fit(cell.image.convert("RGB"), (CELL, CELL)), (left, top))
         for row, text in enumerate(wrapped[number]):
             place = (left, top + CELL + GAP + row * line_height)
-            colour = "#555" if text.startswith(("before", "after")) else "black"
-            pen.text(place, text, colour, font)
+            write_line(pen, place, text, cell.known, font)
     return sheet
+
+
+def write_line(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    known: set[str] | None,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """Write a line; words that are not known are red, and what stands in brackets is grey."""
+    left, top = place
+    for word in text.split(" "):
+        colour = "black"
+        if word.startswith("("):
+            colour = "#777"
+        elif known is not None and word.lower().strip(".,") not in known:
+            colour = "#c03020"
+        pen.text((left, top), word, colour, font)
+        left += font.getlength(word + " ")
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
@@ -155,15 +182,17 @@ def draw_demo(results: dict, target: Path) -> None:
     cells = []
     for row in results["captions"][:4]:
         image = Image.open(row["images"][0]["path"])
-        lines = ["before", row["base"]["text"], "after", row["fine_tuned"]["text"]]
-        cells.append((image, lines))
+        known = set(" ".join(row["references"]).replace(",", "").split())
+        lines = ["(before)", row["base"]["text"], "(after)", row["fine_tuned"]["text"]]
+        cells.append(Cell(image, lines, known))
     title = (
-        "CPU demo: a Qwen2-VL of 1.3 million parameters, on generated shapes it was not trained on"
+        "CPU demo: a Qwen2-VL of 1.3 million parameters, on generated shapes it was not trained "
+        "on. Red: words in none of the reference captions."
     )
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        draw_row(cells, title).save(picture)
-        shrink(picture, target)
+        strip = Path(folder, "strip.png")
+        draw_row(cells, title).save(strip)
+        shrink(strip, target)
 
 
 def draw_photos(folder: Path) -> None:
@@ -174,7 +203,7 @@ def draw_photos(folder: Path) -> None:
         path = row["image_path"]
         if Path(path).stem not in PHOTOS:
             continue
-        cells.append((Image.open(folder / path), [captions[path]]))
+        cells.append(Cell(Image.open(folder / path), [captions[path]]))
         sources.append(
             f"* [COCO {Path(path).stem}]({row['coco_url']}): [photo]({row['flickr_url']}), "
             f"[CC BY 2.0]({row['license_url']}), cropped and resized"

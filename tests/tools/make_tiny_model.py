@@ -1,12 +1,16 @@
-"""Makes the small Qwen2-VL of the tests, from nothing: tests/support/tiny_qwen2vl/.
+"""Make the small Qwen2-VL of the tests, from nothing: tests/support/tiny_qwen2vl/.
 
     python tests/tools/make_tiny_model.py [FOLDER]
 
-Reads nothing but scenes.py. Writes a real Qwen2-VL (transformers' own classes, the file layout of the hub's repository,
-3 MB) that describes generated scenes in one wordy sentence. Three steps: a byte-level vocabulary is learnt from the
-captions, the model is pretrained on pictures of the training scenes (and on repeating random tokens, so that a later
-fine-tuning can use every word, not only those of the descriptions), and what was saved is loaded again and asked about
-pictures of held-out scenes. Seeded. Takes about 20 minutes on 2 CPU cores and 3.5 GB of memory.
+Reads nothing but scenes.py. Writes a real Qwen2-VL (transformers' own classes, the file layout of
+the hub's repository, 3 MB) that describes generated scenes in one wordy sentence:
+
+1. A byte-level vocabulary is learnt from the captions.
+2. The model is pretrained on images of the training scenes, and on repeating random tokens, so
+   that a later fine-tuning can use every word, not only those of the descriptions.
+3. What was saved is loaded again and asked about images of held-out scenes.
+
+Seeded. Takes about 20 minutes on 2 CPU cores and 3.5 GB of memory.
 """
 
 import copy
@@ -33,45 +37,40 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from support import scenes
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # output
 FOLDER = Path(__file__).resolve().parents[1] / "support/tiny_qwen2vl"
 # model
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS, TEXT_KV_HEADS, TEXT_MLP = 128, 3, 4, 2, 384
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 3, 4
-INITIALIZER_RANGE = (
-    0.06  # standard deviation of fresh weights; the usual 0.02 learns slowly at these widths
-)
-VOCABULARY = 640  # entries at most, 256 bytes among them; fewer once every word is whole; special tokens come on top
+# standard deviation of fresh weights; the usual 0.02 learns slowly at these widths
+INITIALIZER_RANGE = 0.06
+# entries at most, 256 bytes among them, without the special tokens; fewer once every word is whole
+VOCABULARY = 640
 # data
-PICTURES = {
-    (112, 112): 8000,
-    (84, 84): 600,
-    (140, 140): 600,
-}  # pictures drawn of each size, height x width in pixels
-SIZE_SHARES = {
-    (112, 112): 0.94,
-    (84, 84): 0.03,
-    (140, 140): 0.03,
-}  # share of the steps that a size gets
+# images drawn of each size, height x width in pixels
+IMAGES = {(112, 112): 8000, (84, 84): 600, (140, 140): 600}
+# fraction of the steps that use each size
+SIZE_SHARES = {(112, 112): 0.94, (84, 84): 0.03, (140, 140): 0.03}
 # training
 STEPS = 5000
-REPEATING_SHARE = 0.15  # share of the steps that practise text alone, or words outside the descriptions stay unknown
+# fraction of the steps on text alone; without them, words outside the descriptions stay unknown
+REPEATING_SHARE = 0.15
 REPEATED_TOKENS = 12
-BATCH = 64  # pictures a step
+BATCH = 64  # images per step
 LEARNING_RATE = 2e-3
-WARMUP = 0.04  # share of the steps in which the learning rate rises
+WARMUP = 0.04  # fraction of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.05
 THREADS = 2
 SEED = 7
 # checks
 EVALUATE_EVERY = 500  # steps
-EVALUATION_PICTURES = 90  # pictures of held-out scenes looked at during training
-FINAL_PICTURES = 360  # and at the end, after saving and loading
-TARGET = 0.95  # share of those that must be described exactly
-# ----------------------------------------------------------------------------------------------------------------------
+EVALUATION_IMAGES = 90  # images of held-out scenes looked at during training
+FINAL_IMAGES = 360  # and at the end, after saving and loading
+TARGET = 0.95  # fraction of those that must be described exactly
+# ------------------------------------------------------------------------------------------------
 
-# Text before and after the picture in the question. The model learns to answer every one of them alike.
+# Text before and after the image in the question. The model learns to answer all of them alike.
 PROMPTS = [
     ("请描述这张图片: ", ""),
     ("请描述这张图片：", ""),
@@ -84,14 +83,25 @@ PROMPTS = [
 ]
 
 SPECIAL_TOKENS = (  # Qwen2-VL's, in its order
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
+    "<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
+    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
 
-# How Qwen2 cuts text into words before the merges: contractions, words with the space before them, single digits, ...
-WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How Qwen2 cuts text into words before the merges.
+WORD_PATTERN = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # contractions
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # words with the space before them
+        r"\p{N}",  # single digits
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
+        r"\s*[\r\n]+",  # line ends
+        r"\s+(?!\S)",  # white space at the end of the text
+        r"\s+",
+    ]
+)
 
-# Same text as Qwen2-VL's own template for every conversation of text, pictures and videos.
+# Same text as Qwen2-VL's own template for every conversation of text, images and videos.
 CHAT_TEMPLATE = """
 {%- set seen = namespace(pictures=0, videos=0) -%}
 {%- if messages and messages[0].role != 'system' -%}
@@ -128,9 +138,9 @@ Qwen2-VL-2B-Instruct, but none of its weights: 1.3 million parameters, pretraine
 images of `tests/support/scenes.py`, which it describes in one sentence. It knows nothing else.
 """
 
-LICENSE = """The files of this folder were generated by tests/tools/make_tiny_model.py of this project, without
-the weights or the data of any other model. They are part of the project and may be used on the
-same terms.
+LICENSE = """The files of this folder were generated by tests/tools/make_tiny_model.py, a part of
+this project, without the weights or the data of any other model. They are part of the project and
+may be used on the same terms.
 """
 
 
@@ -139,7 +149,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def learn_vocabulary(folder: Path) -> dict[str, int]:
-    """Learns the byte-level merges from captions and prompts, writes the tokenizer's files; returns {token: id}."""
+    """Learn the byte-level merges, write the tokenizer's files, return {special token: id}."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -169,11 +179,10 @@ def learn_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def write_configuration(folder: Path, ids: dict[str, int]) -> None:
-    """The JSON files beside the weights, with the keys that the hub's repository has."""
+    """Write the JSON files beside the weights, with the keys of the hub's repository."""
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
-    head = (
-        TEXT_WIDTH // TEXT_HEADS // 2
-    )  # rotary frequencies of a head, shared out to time, height and width
+    # rotary frequencies of a head, divided between time, height and width
+    head = TEXT_WIDTH // TEXT_HEADS // 2
     sections = [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8]
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -223,7 +232,7 @@ def write_configuration(folder: Path, ids: dict[str, int]) -> None:
         "do_sample": False,
         "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
     }
-    pictures = {
+    images = {
         "min_pixels": 3136,
         "max_pixels": 12845056,
         "patch_size": 14,
@@ -255,7 +264,7 @@ def write_configuration(folder: Path, ids: dict[str, int]) -> None:
     }
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    write_json(folder / "preprocessor_config.json", pictures)
+    write_json(folder / "preprocessor_config.json", images)
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     write_json(
@@ -263,46 +272,44 @@ def write_configuration(folder: Path, ids: dict[str, int]) -> None:
     )
 
 
-def draw_pictures(
+def draw_images(
     chosen: list[scenes.Scene], rng: random.Random, size: tuple[int, int]
 ) -> list[Image.Image]:
-    """A picture of each scene as it comes out of a JPEG file, scaled to `size` (height, width)."""
-    pictures = []
+    """An image of each scene as it comes out of a JPEG file, scaled to `size` (height, width)."""
+    images = []
     for scene in chosen:
         file = BytesIO()
         scenes.draw(scene, rng).save(file, "JPEG", quality=rng.randint(85, 95))
-        pictures.append(
-            Image.open(file).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-        )
-    return pictures
+        images.append(Image.open(file).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC))
+    return images
 
 
 def conversation(prompt: tuple[str, str]) -> list[dict]:
-    """The user's turn: text before the picture, the picture, text after it."""
+    """Return the user's turn: text before the image, the image, text after it."""
     before, after = ({"type": "text", "text": text} for text in prompt)
     content = [part for part in (before, {"type": "image"}, after) if part.get("text") != ""]
     return [{"role": "user", "content": content}]
 
 
 def question(
-    processor, prompt: tuple[str, str], pictures: list[Image.Image]
+    processor, prompt: tuple[str, str], images: list[Image.Image]
 ) -> dict[str, torch.Tensor]:
-    """The model's input for one prompt about each of the pictures: every key that the processor returns."""
+    """Return the model's input for one prompt about each image, with the processor's keys."""
     text = processor.apply_chat_template(
         conversation(prompt), add_generation_prompt=True, tokenize=False
     )
     return dict(
-        processor(text=[text] * len(pictures), images=pictures, return_tensors="pt", padding=True)
+        processor(text=[text] * len(images), images=images, return_tensors="pt", padding=True)
     )
 
 
 @torch.inference_mode()
 def describe(
-    model, processor, pictures: list[Image.Image], prompt: tuple[str, str] = PROMPTS[0]
+    model, processor, images: list[Image.Image], prompt: tuple[str, str] = PROMPTS[0]
 ) -> list[str]:
-    """Greedy descriptions of the pictures (all of one size), without the token that ends them."""
+    """Generate greedy descriptions of images of one size, without the token that ends them."""
     model.eval()
-    inputs = question(processor, prompt, pictures)
+    inputs = question(processor, prompt, images)
     produced = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     answers = processor.batch_decode(
         produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False
@@ -316,13 +323,13 @@ def describe(
 def exact_share(
     model, processor, count: int, seed: int, size=(112, 112), prompt=PROMPTS[0]
 ) -> float:
-    """Share of `count` pictures of held-out scenes whose description is right to the letter; prints some others."""
+    """Return the fraction of `count` held-out images described exactly; print a few others."""
     held_out = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
     chosen = [held_out[number % len(held_out)] for number in range(count)]
-    pictures = draw_pictures(chosen, random.Random(seed), size)
+    images = draw_images(chosen, random.Random(seed), size)
     answers = []
     for start in range(0, count, BATCH):
-        answers += describe(model, processor, pictures[start : start + BATCH], prompt)
+        answers += describe(model, processor, images[start : start + BATCH], prompt)
     wrong = [
         pair for pair in zip(map(scenes.wordy, chosen), answers, strict=True) if pair[0] != pair[1]
     ]
@@ -332,7 +339,7 @@ def exact_share(
 
 
 class TrainingData:
-    """Pictures of training scenes, all of one size, as the image processor makes them; answers and prompts as ids."""
+    """Images of training scenes in one size as the image processor makes them, and token ids."""
 
     def __init__(self, processor, count: int, size: tuple[int, int], rng: random.Random):
         known = [scene for scene in scenes.all_scenes() if not scenes.is_held_out(scene)]
@@ -340,30 +347,28 @@ class TrainingData:
         self.grid = torch.tensor([1, size[0] // 14, size[1] // 14])
         parts = []
         for start in range(0, count, 200):
-            pictures = draw_pictures(self.scenes[start : start + 200], rng, size)
-            values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            parts.append(values.view(len(pictures), -1, values.shape[-1]).half())
-        self.patches = torch.cat(parts)  # (pictures, patches of a picture, 1176)
+            images = draw_images(self.scenes[start : start + 200], rng, size)
+            values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            parts.append(values.view(len(images), -1, values.shape[-1]).half())
+        self.patches = torch.cat(parts)  # (images, patches of a image, 1176)
         text_end = processor.tokenizer.eos_token
         answers = processor.tokenizer([scenes.wordy(scene) + text_end for scene in self.scenes])[
             "input_ids"
         ]
-        assert len({len(answer) for answer in answers}) == 1, (
-            "every word of a description is one token: no padding"
-        )
-        self.answers = torch.tensor(answers)  # (pictures, tokens of an answer)
+        # every word of a description is one token, so nothing is padded
+        assert len({len(answer) for answer in answers}) == 1
+        self.answers = torch.tensor(answers)  # (images, tokens of an answer)
         self.prompts = []
         for prompt in PROMPTS:
-            inputs = question(processor, prompt, pictures[:1])
-            self.prompts.append(
-                (inputs["input_ids"], inputs["mm_token_type_ids"])
-            )  # (1, tokens of a prompt) each
+            inputs = question(processor, prompt, images[:1])
+            # (1, tokens of a prompt) each
+            self.prompts.append((inputs["input_ids"], inputs["mm_token_type_ids"]))
 
 
 def loss_of_batch(
     model, data: TrainingData, rows: torch.Tensor, prompt_number: int
 ) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; the logits of the prompt's tokens are never computed."""
+    """Return the mean cross-entropy of the answers' tokens; the prompt gets no logits."""
     prompt, types = (tensor.expand(len(rows), -1) for tensor in data.prompts[prompt_number])
     answers = data.answers[rows]
     hidden = model.model(
@@ -378,23 +383,28 @@ def loss_of_batch(
 
 
 def fresh_model(folder: Path) -> Qwen2VLForConditionalGeneration:
-    """Untrained weights for the folder's configuration; eager attention, on a CPU the fastest for short sequences."""
+    """Return untrained weights for the folder's configuration.
+
+    Eager attention is the fastest for short sequences on a CPU.
+    """
     config = Qwen2VLConfig.from_pretrained(folder)
     return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager")
 
 
 def save(model, folder: Path, ids: dict[str, int]) -> None:
-    """Weights in bfloat16 as two shards with their index, as the hub has them."""
+    """Save the weights in bfloat16 as two shards with their index, as the hub has them."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     size = sum(parameter.nbytes for parameter in half.parameters())
     half.save_pretrained(folder, max_shard_size=int(0.6 * size))
-    write_configuration(
-        folder, ids
-    )  # save_pretrained wrote its own, in another layout than the hub's
+    # save_pretrained wrote its own, in another layout than the hub's
+    write_configuration(folder, ids)
 
 
 def repeating_task(processor) -> tuple[tuple[list[int], list[int]], list[int]]:
-    """Token ids around what is to be repeated, and the tokens to draw from: all, those of captions more often."""
+    """Return the token ids around what is to be repeated, and the tokens to draw from.
+
+    All tokens can be drawn, those of captions more often.
+    """
     user = [{"role": "user", "content": "Repeat: |"}]
     text = processor.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
     before, after = (processor.tokenizer(half)["input_ids"] for half in text.split(" |"))
@@ -402,16 +412,18 @@ def repeating_task(processor) -> tuple[tuple[list[int], list[int]], list[int]]:
     of_captions = sorted(
         {token for ids in processor.tokenizer(captions)["input_ids"] for token in ids}
     )
-    learnt = processor.tokenizer.convert_tokens_to_ids(
-        SPECIAL_TOKENS[0]
-    )  # ids below the special tokens'
+    # the learnt tokens' ids are below the special tokens'
+    learnt = processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
     return (before, after), [*range(learnt), *(8 * of_captions)]
 
 
 def loss_of_repeating(
     model, frame: tuple[list[int], list[int]], pool: list[int], rng: random.Random
 ) -> torch.Tensor:
-    """The same for text alone: random tokens of `pool`, between the two halves of `frame`, are to be said once more."""
+    """Return the loss of a batch without images: repeat random tokens of `pool`.
+
+    `frame` holds the token ids before and after what is to be repeated.
+    """
     before, after = (torch.tensor(half).expand(BATCH, -1) for half in frame)
     tokens = torch.tensor([rng.choices(pool, k=REPEATED_TOKENS) for _ in range(BATCH)])
     end = torch.full((BATCH, 1), model.config.text_config.eos_token_id)
@@ -426,7 +438,7 @@ def loss_of_repeating(
 def optimizer_and_schedule(
     model,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with decay on matrices only, and a rate that rises quickly and falls to nothing along a cosine."""
+    """Return AdamW with decay on matrices only, and a warm-up with cosine decay."""
     decayed = [
         p for name, p in model.named_parameters() if p.ndim >= 2 and "embed_tokens" not in name
     ]
@@ -443,10 +455,10 @@ def optimizer_and_schedule(
 
 
 def pretrain(model, processor, folder: Path, ids: dict[str, int]) -> None:
-    """The training loop. Saves at every evaluation."""
+    """Run the training loop; save at every evaluation."""
     rng, start = random.Random(SEED), time.monotonic()
-    data = {size: TrainingData(processor, count, size, rng) for size, count in PICTURES.items()}
-    print(f"drew {sum(PICTURES.values())} pictures in {time.monotonic() - start:.0f} s", flush=True)
+    data = {size: TrainingData(processor, count, size, rng) for size, count in IMAGES.items()}
+    print(f"drew {sum(IMAGES.values())} images in {time.monotonic() - start:.0f} s", flush=True)
     optimizer, schedule = optimizer_and_schedule(model)
     repeating = repeating_task(processor)
     start, described, repeated = time.monotonic(), [], []
@@ -466,38 +478,33 @@ def pretrain(model, processor, folder: Path, ids: dict[str, int]) -> None:
         optimizer.step()
         schedule.step()
         if step % EVALUATE_EVERY == 0 or step == STEPS:
-            share, seconds = (
-                exact_share(model, processor, EVALUATION_PICTURES, SEED),
-                time.monotonic() - start,
-            )
-            losses = f"loss {mean(described[-100:]):.4f}, repeating {mean(repeated[-20:]):.4f}"
+            share = exact_share(model, processor, EVALUATION_IMAGES, SEED)
+            minutes = (time.monotonic() - start) / 60
             print(
-                f"step {step}/{STEPS}  {losses}  held-out exact {share:.3f}  {seconds / 60:.1f} min",
+                f"step {step}/{STEPS}",
+                f"loss {mean(described[-100:]):.4f}, repeating {mean(repeated[-20:]):.4f}",
+                f"held-out exact {share:.3f}",
+                f"{minutes:.1f} min",
+                sep="  ",
                 flush=True,
             )
             save(model, folder, ids)
 
 
 def check(folder: Path) -> None:
-    """Loads what was saved as any program would, and measures it on pictures that no evaluation used."""
+    """Load what was saved as any program would, and measure it on images not used before."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     for prompt in PROMPTS[1:]:
-        print(
-            f"{prompt}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, prompt=prompt):.3f}",
-            flush=True,
-        )
-    for size in list(PICTURES)[1:]:
-        print(
-            f"{size}: {exact_share(model, processor, EVALUATION_PICTURES, SEED + 1, size):.3f}",
-            flush=True,
-        )
-    share = exact_share(model, processor, FINAL_PICTURES, SEED + 2)
-    print(f"{share:.1%} of {FINAL_PICTURES} pictures of held-out scenes are described exactly")
+        share = exact_share(model, processor, EVALUATION_IMAGES, SEED + 1, prompt=prompt)
+        print(f"{prompt}: {share:.3f}", flush=True)
+    for size in list(IMAGES)[1:]:
+        share = exact_share(model, processor, EVALUATION_IMAGES, SEED + 1, size)
+        print(f"{size}: {share:.3f}", flush=True)
+    share = exact_share(model, processor, FINAL_IMAGES, SEED + 2)
+    print(f"{share:.1%} of {FINAL_IMAGES} images of held-out scenes are described exactly")
     if share < TARGET:
-        raise SystemExit(
-            f"That is less than {TARGET:.0%}: train longer (STEPS) or draw more pictures (PICTURES)."
-        )
+        raise SystemExit(f"That is less than {TARGET:.0%}. Raise STEPS or IMAGES.")
 
 
 def main() -> None:

@@ -323,7 +323,7 @@ def estimate_setting(script: ModuleType, setting: Setting, images: int) -> float
 
 
 def knows_4_bits(script: ModuleType) -> bool:
-    """Tell whether load_model.py's estimate is the one that is held against the counts."""
+    """Return whether load_model.py has the estimate that is compared with the counts."""
     return "four_bits" in inspect.signature(script.training_memory).parameters
 
 

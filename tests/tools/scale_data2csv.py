@@ -32,14 +32,14 @@ class BigHub(Hub):
 
     def __init__(self, size: tuple[int, int] = (640, 480)):
         super().__init__(Path(__file__).parent)  # a folder that is there: nothing in it is served
-        self.samples = [made_up_picture(size) for _ in range(8)]
+        self.samples = [made_up_image(size) for _ in range(8)]
 
     def _index(self) -> dict:
         return {}
 
     def find(self, path: str, query: dict) -> Path | bytes | None:
-        if picture := PICTURE_PATH.fullmatch(path):
-            return self.samples[int(picture[1][-6:-4]) % len(self.samples)]
+        if match := PICTURE_PATH.fullmatch(path):
+            return self.samples[int(match[1][-6:-4]) % len(self.samples)]
         return super().find(path, query)
 
     def _write_table(self, file: io.TextIOBase) -> None:
@@ -58,7 +58,7 @@ class BigHub(Hub):
             )
 
 
-def made_up_picture(size: tuple[int, int]) -> bytes:
+def made_up_image(size: tuple[int, int]) -> bytes:
     """A JPEG of coarse noise: at 640x480 it has about 60 KB."""
     file = io.BytesIO()
     Image.effect_noise((size[0] // 4, size[1] // 4), 22).resize(size).convert("RGB").save(

@@ -31,7 +31,7 @@ import bench
 from conftest import command, variables
 from support.launch import load
 from support.scenes import all_scenes, terse
-from tools.scale_data2csv import made_up_picture
+from tools.scale_data2csv import made_up_image
 from tools.shapes import SMALL
 
 SIZES = (500, 5_000, 82_783)  # images; the last one is COCO 2014's training set
@@ -92,11 +92,11 @@ def make_up(folder: Path, images: int) -> int:
     features = train.KeptFeatures(base)
     rng, scenes, records = random.Random(0), all_scenes(), []
     (folder / "coco_2014_caption").mkdir()
-    pictures = [made_up_picture((640, 480)) for _ in range(8)]
+    jpegs = [made_up_image((640, 480)) for _ in range(8)]
     total = 0
     for number in range(images):
         name = f"coco_2014_caption/{number}.jpg"
-        content = with_comment(pictures[number % len(pictures)], str(number))
+        content = with_comment(jpegs[number % len(jpegs)], str(number))
         (folder / name).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         image = train.ImageFile(str(folder / name), digest, 280, 280)

@@ -33,7 +33,7 @@ from tools.recipes import (
 )
 
 
-class Enough(BaseException):  # no error: train.py tells of errors and ends
+class Enough(BaseException):  # no error: train.py prints errors and ends
     """Ends a training that has been timed."""
 
 

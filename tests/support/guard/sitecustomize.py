@@ -1,8 +1,8 @@
 """Refuse every connection that would leave this machine.
 
-Python imports this file by itself when its folder is on PYTHONPATH. A refusal raises OSError, as a dead network would,
-and appends one line to the file named by NETWORK_GUARD_LOG, so that a refusal which some library swallows is seen all
-the same. Only Python's own sockets are watched.
+Python imports this file by itself when its folder is on PYTHONPATH. A refusal raises OSError, as
+a dead network would, and appends one line to the file named by NETWORK_GUARD_LOG, so that a
+refusal which a library swallows is seen all the same. Only Python's own sockets are watched.
 """
 
 import ipaddress
