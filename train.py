@@ -267,6 +267,22 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 # ---- The run: what made it, and where it stopped -------------------------------------------------
 
 
+@contextlib.contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Stop with one sentence if a file can't be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's writer of archives says it by a RuntimeError
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise SystemExit(
+            f"{OUTPUT_FOLDER} can't be written ({reason}). The checkpoints before are kept. Free "
+            "some space, and run again to resume."
+        ) from None
+
+
 def describe_run() -> dict:
     """Return what makes this run: constants, versions, and the hash of its data."""
     script = sys.modules[__name__]
@@ -885,6 +901,7 @@ def load_tables() -> datasets.DatasetDict | None:
         return None  # missing or damaged: made anew
 
 
+@explain_full_disk()
 def save_tables(training: list[Example], test: list[Example]) -> None:
     """Write the tables to disk, from where they are read without filling the memory."""
     folder, unfinished = Path(OUTPUT_FOLDER) / "table", Path(OUTPUT_FOLDER) / "table.tmp"
@@ -2320,6 +2337,7 @@ class CaptionTrainer(transformers.Trainer):
             os.replace(unfinished, folder)
         PartialState().wait_for_everyone()
 
+    @explain_full_disk()
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
         self.check_disk(copies=1)
@@ -2370,6 +2388,7 @@ def flush_to_disk(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+@explain_full_disk()
 def save_adapter(trainer: CaptionTrainer, folder: Path, results: dict) -> None:
     """Write adapter, processor and results to a folder; all processes must call this."""
     # FSDP gathers the weights from all processes
@@ -3055,6 +3074,7 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         finish_swanlab(sys.exception())
 
 
+@explain_full_disk()
 def save_result(trainer: CaptionTrainer) -> None:
     """Write the adapter and, last, results.json, with which the run counts as finished."""
     folder, unfinished = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "adapter.tmp"
