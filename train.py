@@ -261,6 +261,22 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 # ---- The run: what made it, and where it stopped -------------------------------------------------
 
 
+@contextlib.contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Stop with one sentence if a file can't be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's writer of archives says it by a RuntimeError
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise SystemExit(
+            f"{OUTPUT_FOLDER} can't be written ({reason}). The checkpoints before are kept. Free "
+            "some space, and run again to resume."
+        ) from None
+
+
 def describe_run() -> dict:
     """Return what makes this run: constants, versions, and the hash of its data."""
     script = sys.modules[__name__]
@@ -895,6 +911,7 @@ def load_tables() -> datasets.DatasetDict | None:
         return None  # missing or damaged: made anew
 
 
+@explain_full_disk()
 def save_tables(training: list[Example], test: list[Example]) -> None:
     """Write the tables to disk, from where they are read without filling the memory."""
     folder, unfinished = Path(OUTPUT_FOLDER) / "table", Path(OUTPUT_FOLDER) / "table.tmp"
@@ -2263,6 +2280,7 @@ class CaptionTrainer(transformers.Trainer):
         )
         return metrics
 
+    @explain_full_disk()
     def keep_adapter(self) -> None:
         """Keep the adapter and its results in OUTPUT_FOLDER/kept, if KEEP wants this one."""
         epoch_ended = self.state.global_step and float(self.state.epoch).is_integer()
@@ -2291,6 +2309,7 @@ class CaptionTrainer(transformers.Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
 
+    @explain_full_disk()
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
         self.check_room(checkpoints=1)
@@ -2991,6 +3010,7 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         finish_swanlab(sys.exception())
 
 
+@explain_full_disk()
 def save_result(trainer: CaptionTrainer) -> None:
     """Copy what was kept to OUTPUT_FOLDER, and show it if it was not the last evaluation."""
     kept = Path(OUTPUT_FOLDER) / "kept"
