@@ -252,7 +252,7 @@ MOMENTS = {  # the functions at whose start it is killed, one after the other, a
         ("CaptionTrainer._save_optimizer_and_scheduler", 1),  # half of a later one
         ("CaptionTrainer.evaluate", 1),
         ("generate_batch", 2),
-        ("keep_adapter", 1),
+        ("CaptionTrainer.keep_adapter", 1),
         ("write_report", 1),
     ],
     "the last epoch": [
@@ -456,7 +456,7 @@ FULL = {  # the function that meets a full disk, and which call of it
     "the table": ("save_tables", 1),
     "a checkpoint": ("CaptionTrainer._save_checkpoint", 2),
     "the optimizer's state": ("CaptionTrainer._save_optimizer_and_scheduler", 1),
-    "the best adapter": ("keep_adapter", 1),
+    "the best adapter": ("CaptionTrainer.keep_adapter", 1),
     "the result": ("save_result", 1),
 }
 
