@@ -2689,7 +2689,7 @@ def read_requests() -> list[Request]:
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
         wanted = [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
     elif source.suffix.lower() == ".csv":
-        wanted = read_rows(source)
+        wanted = read_csv_requests(source)
     else:
         wanted = [Request(CAPTION, os.path.abspath(source), "")]
     if not wanted:
@@ -2697,7 +2697,7 @@ def read_requests() -> list[Request]:
     return wanted
 
 
-def read_rows(source: Path) -> list[Request]:
+def read_csv_requests(source: Path) -> list[Request]:
     """Return the images and questions that a CSV names, relative to its folder."""
     rows = read_csv(source)
     if rows and "image_path" not in rows[0]:
