@@ -281,7 +281,7 @@ def test_a_merged_model_that_can_not_be_proven_is_not_called_merged(finished, ru
     finally:
         path.with_name("away").rename(path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{path.name}, and .cache/features lacks what the model saw" in done.stderr
+    assert "lacks what the model saw" in done.stderr and path.name in done.stderr
     assert not (folder / OUTPUT / "merged").exists()
 
 
