@@ -708,9 +708,7 @@ def test_processes_share_the_images(train, base, image_folder, tmp_path, monkeyp
     seen, others = [], [{"digest of another process": "its reason"}]
     monkeypatch.setattr(train, "gather_object", lambda ours: ours + others)
     for index in range(3):
-        state = SimpleNamespace(
-            process_index=index, num_processes=3, wait_for_everyone=lambda: None
-        )
+        state = SimpleNamespace(process_index=index, num_processes=3)
         monkeypatch.setattr(train, "PartialState", lambda state=state: state)
         monkeypatch.setattr(train, "CACHE_FOLDER", str(tmp_path / f"cache {index}"))
         features = train.KeptFeatures(base)
@@ -719,6 +717,19 @@ def test_processes_share_the_images(train, base, image_folder, tmp_path, monkeyp
         assert (images[6].digest in problems) == (index == 0), "it is the seventh: the first's"
         seen.append([number for number in range(7) if features.holds(images[number])])
     assert seen == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_all_processes_share_what_the_first_one_has_found(
+    train, base, image_folder, cache, monkeypatch
+):
+    """The list is that of process 0. Otherwise another run's files make the shares differ."""
+    images = inspect(train, base, image_folder, "one.jpg", "two.jpg")
+    state = SimpleNamespace(process_index=1, num_processes=2)
+    monkeypatch.setattr(train, "PartialState", lambda: state)
+    monkeypatch.setattr(train, "broadcast_object_list", lambda ours: [images])
+    features = train.KeptFeatures(base)
+    train.see_images([], features, base)
+    assert [features.holds(image) for image in images] == [False, True]
 
 
 def test_images_are_opened_while_the_tower_works(train, base, monkeypatch):
@@ -815,7 +826,7 @@ def test_held_out_images_that_cannot_be_opened_are_not_scored(
     tables = train.prepare_data(base, train.KeptFeatures(base), resuming=False)
     assert names_in(tables["test"]) == {"own.jpg"} and len(names_in(tables["train"])) == 6
     questions = train.held_out_questions(tables["test"])
-    assert [question.references for question in questions] == [["a red circle"]]
+    assert [question["references"] for question in questions] == [["a red circle"]]
 
 
 def test_an_image_that_changes_between_check_and_pass_is_not_learned(

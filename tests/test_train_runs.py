@@ -252,7 +252,7 @@ MOMENTS = {  # the functions at whose start it is killed, one after the other, a
         ("CaptionTrainer._save_optimizer_and_scheduler", 1),  # half of a later one
         ("CaptionTrainer.evaluate", 1),
         ("generate_batch", 2),
-        ("save_adapter", 1),
+        ("CaptionTrainer.keep_adapter", 1),
         ("write_report", 1),
     ],
     "the last epoch": [
@@ -312,7 +312,7 @@ def test_killed_while_files_get_their_names_it_is_resumed(
 
     Otherwise a run could count as finished with half of its files.
     """
-    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "best", "swanlog")
+    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "kept", "swanlog")
     # each third of the files that are finished
     for number in range(1, 100, 3):
         done = train_runner.end(start(folder, at=("os.replace", number, "SIGKILL")))
@@ -349,7 +349,7 @@ def test_killed_at_random_moments_it_ends_where_an_undisturbed_run_ends(
 
 def test_half_a_checkpoint_is_left_out_by_name(undisturbed, run_train, tmp_path):
     """A newer checkpoint without its last file does not keep a run from its older one."""
-    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "best", "swanlog")
+    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "kept", "swanlog")
     (folder / OUTPUT / "checkpoint-8/trainer_state.json").unlink()
     done = run_train(folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -386,7 +386,7 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, project, start, train_
 @posix
 def test_under_nohup_a_closed_terminal_stops_nothing(undisturbed, start, train_runner, tmp_path):
     """nohup ignores SIGHUP, and train.py leaves that so."""
-    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "best", "*-8")
+    folder = copy_project(undisturbed[0], tmp_path / "work", "results.json", "kept", "*-8")
     moment = ("CaptionTrainer.training_step", 1, "SIGHUP")
     done = train_runner.end(start(folder, at=moment, ignore=("SIGHUP",)))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -439,7 +439,7 @@ def test_a_report_that_cannot_be_written_stops_nothing(
     undisturbed, start, train_runner, tmp_path, fault
 ):
     """The report is for looking at: the training goes on, and says what was wrong."""
-    left_out = ("results.json", "best", "report.html", "*-8")
+    left_out = ("results.json", "kept", "report.html", "*-8")
     folder = copy_project(undisturbed[0], tmp_path / "work", *left_out)
     moment = ("write_report", 1, "full disk")
     if fault != "full disk":
@@ -456,7 +456,7 @@ FULL = {  # the function that meets a full disk, and which call of it
     "the table": ("save_tables", 1),
     "a checkpoint": ("CaptionTrainer._save_checkpoint", 2),
     "the optimizer's state": ("CaptionTrainer._save_optimizer_and_scheduler", 1),
-    "the best adapter": ("save_adapter", 1),
+    "the best adapter": ("CaptionTrainer.keep_adapter", 1),
     "the result": ("save_result", 1),
 }
 
