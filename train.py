@@ -19,6 +19,7 @@ import copy
 import csv
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import io
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 import zipfile
@@ -75,7 +77,8 @@ from transformers import TrainingArguments as Arguments
 
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
 Texts = Annotated[list[str], Field(min_length=1)]
-ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"]
+ImageFormats = Annotated[list[Format], Field(min_length=1)]
 QuestionText = Annotated[str, AfterValidator(lambda text: check_question(text))]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, lt=1e6)]
@@ -180,15 +183,6 @@ def check_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_formats(names: list[str]) -> list[str]:
-    """Refuse formats that Pillow can't read, and the one that isn't safe."""
-    Image.init()  # else Pillow knows only the five commonest formats
-    # EPS is a program, which Pillow starts Ghostscript to run
-    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
-        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
-    return names
-
-
 def check_constants() -> None:
     """Stop with one sentence if a constant at the top has an impossible value."""
     script = sys.modules[__name__]
@@ -267,6 +261,22 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 # ---- The run: what made it, and where it stopped -------------------------------------------------
 
 
+@contextlib.contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Stop with one sentence if a file can't be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's writer of archives says it by a RuntimeError
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise SystemExit(
+            f"{OUTPUT_FOLDER} can't be written ({reason}). The checkpoints before are kept. Free "
+            "some space, and run again to resume."
+        ) from None
+
+
 def describe_run() -> dict:
     """Return what makes this run: constants, versions, and the hash of its data."""
     script = sys.modules[__name__]
@@ -310,6 +320,12 @@ def refuse_another_run(run: dict) -> None:
         )
 
 
+def save_json(path: Path, content: Any) -> None:  # noqa: ANN401, whatever JSON can hold
+    """Write a JSON file that is whole or absent, whenever the script is killed."""
+    with write_atomically(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+
+
 def is_finished() -> bool:
     """Tell whether the run in OUTPUT_FOLDER was trained to its end: this file is written last."""
     return (Path(OUTPUT_FOLDER) / "results.json").is_file()
@@ -317,14 +333,13 @@ def is_finished() -> bool:
 
 def find_checkpoints() -> list[Path]:
     """Return the checkpoints in OUTPUT_FOLDER, the oldest first."""
-    # "checkpoint-4-best" is a copy that the user made, and not ours to delete
-    return sorted(filter(step_of, Path(OUTPUT_FOLDER).glob("*")), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """Return the step of a checkpoint, 0 if the folder is none."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else 0
+    checkpoints = {}
+    for folder in Path(OUTPUT_FOLDER).glob("*"):
+        # "checkpoint-4-best" is a copy that the user made, and not ours to delete
+        found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if found:
+            checkpoints[int(found[1])] = folder
+    return [checkpoints[step] for step in sorted(checkpoints)]
 
 
 def last_checkpoint() -> Path | None:
@@ -389,6 +404,11 @@ class Base(NamedTuple):
 
 def load_processor() -> tuple[transformers.ProcessorMixin, PreTrainedConfig]:
     """Load processor and configuration of MODEL_FOLDER; no weights yet."""
+    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
+        raise SystemExit(
+            "LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to "
+            "False."
+        )
     try:
         raw = json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))
         if raw["model_type"] not in SUPPORTED_MODELS:
@@ -444,6 +464,22 @@ def why_no_gpu() -> str:
     return ""
 
 
+@contextlib.contextmanager
+def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
+    """Stop with advice if the GPU runs out of memory; leave other errors as they are."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "out of memory" not in reason:
+            raise
+        raise SystemExit(
+            f"The GPU is out of memory for {what} ({reason}). Close other programs that use it "
+            f"(nvidia-smi lists them){advice}."
+        ) from None
+
+
+@needs_gpu_memory("this script", advice="")
 def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype]:
     """Choose device and precision; stop if a large model would have to train on the CPU."""
     problem = "as DEVICE says" if DEVICE == "cpu" else why_no_gpu()
@@ -460,14 +496,8 @@ def choose_hardware(config: PreTrainedConfig) -> tuple[torch.device, torch.dtype
             )
         print(f"Training on the CPU in float32: {problem}.")
         return PartialState(cpu=True, timeout=patience).device, torch.float32
-    try:
-        device = PartialState(timeout=patience).device
-        free = free_memory()
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        raise SystemExit(
-            f"The GPU can't be used: {str(error).splitlines()[0]}. Close other programs that use "
-            "it (nvidia-smi lists them)."
-        ) from None
+    device = PartialState(timeout=patience).device
+    free = free_memory()
     # cuDNN's attention gives NaN gradients on H100 at some lengths (pytorch#196678), and makes a
     # new plan for each of the many shapes here, up to a second each
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -500,9 +530,9 @@ class ImageFile(NamedTuple):
     """An image as the model will see it. Equal content is the same image, whatever its name."""
 
     path: str
-    digest: str  # SHA-256 of the file
-    height: int  # in pixels, as resized
-    width: int
+    digest: str = ""  # SHA-256 of the file
+    height: int = 0  # in pixels, as resized
+    width: int = 0
     problem: str = ""  # why it can't be used
 
 
@@ -541,29 +571,25 @@ def model_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return height and width as people see the image, without decoding it.
-
-    Cameras store a turned image with a note. Pillow heeds it for a TIFF, not for other formats.
-    """
+    """Return height and width as people see the image; most formats need no decoding for it."""
     width, height = image.size
+    # cameras store a turned image with a note, which Pillow heeds only in a TIFF
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     return (width, height) if turned and image.format != "TIFF" else (height, width)
 
 
 def inspect_image(path: str, side: int) -> ImageFile:
     """Read an image file: the hash of its content, and the size that the model will see."""
-    # opening a named pipe would wait for ever
-    if os.path.exists(path) and not os.path.isfile(path):
-        problem = f"image is a folder or a device, not a file: {path}"
-        return ImageFile(path, "", 0, 0, problem)
     if not os.path.exists(path):
-        return ImageFile(path, "", 0, 0, describe_missing(Path(path)))
+        return ImageFile(path, problem=describe_missing(Path(path)))
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        return ImageFile(path, problem=f"image is a folder or a device, not a file: {path}")
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             size = model_size(*upright_size(image), side)
     except Exception as error:  # Pillow raises a dozen kinds of errors on damaged files
-        return ImageFile(path, "", 0, 0, f"{path} can't be opened: {error}")
+        return ImageFile(path, problem=f"{path} can't be opened: {error}")
     return ImageFile(path, hashlib.sha256(content).hexdigest(), *size)
 
 
@@ -885,6 +911,7 @@ def load_tables() -> datasets.DatasetDict | None:
         return None  # missing or damaged: made anew
 
 
+@explain_full_disk()
 def save_tables(training: list[Example], test: list[Example]) -> None:
     """Write the tables to disk, from where they are read without filling the memory."""
     folder, unfinished = Path(OUTPUT_FOLDER) / "table", Path(OUTPUT_FOLDER) / "table.tmp"
@@ -1024,8 +1051,10 @@ class LinearPatchEmbedding(torch.nn.Module):
         return torch.nn.functional.linear(patches.to(self.weight.dtype), self.weight, self.bias)
 
 
+@needs_gpu_memory("the model", advice=", or set LOAD_IN_4BIT = True")
 def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedModel:
     """Load what base.config describes from a folder; stop with the cause if that fails."""
+    gc.collect()  # else an earlier model is still there, whose Trainer or collator knows itself
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -1039,11 +1068,6 @@ def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedMo
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(
             f"{folder} doesn't load: {error}. Run load_model.py again, it repairs the files."
-        ) from None
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        raise SystemExit(
-            f"The GPU can't take the model: {str(error).splitlines()[0]} Close other programs "
-            "that use it (nvidia-smi lists them), or set LOAD_IN_4BIT = True."
         ) from None
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(report["missing_keys"])[:3]
@@ -1091,35 +1115,29 @@ def open_ahead(images: list[ImageFile], base: Base) -> Iterator[tuple[ImageFile,
         yield from waiting
 
 
+@needs_gpu_memory("the vision tower", advice=", or lower TOWER_BATCH")
 def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) -> dict[str, str]:
     """Run the vision tower over every image that it has not seen yet, each once.
 
-    Several processes share the images. Returns the reason for each that can't be opened, by
-    digest, the same in all processes.
+    Several processes share the images of process 0. Returns the reason for each that can't be
+    opened, by digest, the same in all processes.
     """
-    state = PartialState()
     distinct = {(image.digest, image.height, image.width): image for image in images}
     unseen = [image for image in distinct.values() if not features.holds(image)]
-    state.wait_for_everyone()  # all have looked before the first one writes
+    # what process 0 found: another run may add to the folder at the same time
+    [unseen] = broadcast_object_list([unseen])
     if not unseen:
         return {}
     check_cache_disk(unseen, features)
+    state = PartialState()
     ours = unseen[state.process_index :: state.num_processes]
     problems = {}
-    try:
-        tower = load_tower(base)
-        with tqdm(
-            desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN
-        ) as bar:
-            opened = open_ahead(ours, base)
-            while batch := list(itertools.islice(opened, TOWER_BATCH)):
-                see_batch(batch, tower, features, problems)
-                bar.update(len(batch))
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"The GPU can't take the vision tower: {str(error).splitlines()[0]} Close other "
-            "programs that use it (nvidia-smi lists them), or lower TOWER_BATCH."
-        ) from None
+    tower = load_tower(base)
+    with tqdm(desc="Seeing images", total=len(ours), unit=" images", disable=not IS_MAIN) as bar:
+        opened = open_ahead(ours, base)
+        while batch := list(itertools.islice(opened, TOWER_BATCH)):
+            problems.update(see_batch(batch, tower, features))
+            bar.update(len(batch))
     for others in gather_object([problems]):
         problems.update(others)
     return problems
@@ -1127,13 +1145,10 @@ def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) 
 
 @torch.inference_mode()
 def see_batch(
-    batch: list[tuple[ImageFile, Future]],
-    tower: torch.nn.Module,
-    features: KeptFeatures,
-    problems: dict[str, str],
-) -> None:
-    """Run the tower over opened images and keep its output; note those that failed to open."""
-    images, pixels, grids = [], [], []
+    batch: list[tuple[ImageFile, Future]], tower: torch.nn.Module, features: KeptFeatures
+) -> dict[str, str]:
+    """Run the tower over opened images and keep its output; return why others failed to open."""
+    problems, images, pixels, grids = {}, [], [], []
     for image, future in batch:
         try:
             values, grid = future.result()
@@ -1144,7 +1159,7 @@ def see_batch(
         pixels.append(values)
         grids.append(grid)
     if not images:
-        return
+        return problems
     device = next(tower.parameters()).device
     grid = torch.cat(grids)  # (images, 3): frames, rows and columns of patches
     output = tower.get_image_features(
@@ -1161,21 +1176,27 @@ def see_batch(
             f"{CACHE_FOLDER} can't be written ({error.strerror}). What is there is kept. Free some "
             "space, or set CACHE_FOLDER to another disk, and run again to resume."
         ) from None
+    return problems
 
 
 def check_cache_disk(images: list[ImageFile], features: KeptFeatures) -> None:
-    """Say how much will be kept in CACHE_FOLDER; stop if the disk has no room for it."""
+    """Say how much will be kept in CACHE_FOLDER, which has to have room for it."""
     check_writable(CACHE_FOLDER)
     needed = sum(features.size(image) for image in images)
-    free = shutil.disk_usage(CACHE_FOLDER).free
     print(
         f"The vision tower has to see {len(images):,} images. Its output takes "
-        f"{needed / 1e9:.2f} GB in {CACHE_FOLDER}, where {free / 1e9:.0f} GB are free."
+        f"{needed / 1e9:.2f} GB in {CACHE_FOLDER}."
     )
+    check_disk(CACHE_FOLDER, needed, "the vision tower's output")
+
+
+def check_disk(folder: str, needed: int, what: str) -> None:
+    """Stop if a folder's disk has no room for so many bytes: out of space, half a file is left."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(
-            f"Not enough disk space for {CACHE_FOLDER}. Free some, or set CACHE_FOLDER to a "
-            "folder on another disk."
+            f"Not enough disk space for {what} in {folder}: {needed / 1e9:.2f} GB are needed, "
+            f"{free / 1e9:.2f} GB are free. Free some, or set another folder, and run again."
         )
 
 
@@ -1235,14 +1256,13 @@ class Collator:
         # without what differs from image to image
         shapes = [each._replace(path="", digest="") for each in images_of(sample)]
         positions = self.prompt_positions(tuple(prompt), *shapes)
-        if not with_answers:
-            nothing = torch.full((len(prompt),), IGNORE)
-            return Layout(to_tensor(prompt), nothing, torch.zeros_like(nothing), positions)
         tokens = prompt[:-1]
         labels = [IGNORE] * len(tokens)
         owners = [PROMPT] * len(tokens)
         places = []
-        for number, answer in enumerate(sample["answers"], start=1):
+        # what the model is to say has no tokens yet
+        answers = sample["answers"] if with_answers else [[]]
+        for number, answer in enumerate(answers, start=1):
             tokens = [*tokens, prompt[-1], *answer]
             labels = [*labels, IGNORE, *answer]
             owners += [number] * (1 + len(answer))
@@ -1271,6 +1291,7 @@ class Collator:
             "labels": pad_left(labels, IGNORE),  # (B, T)
             "owners": pad_left(owners, PADDING),  # (B, T)
             "position_ids": pad_left(positions, 0).permute(2, 0, 1),  # (3, B, T)
+            "grids": self.grids(images),  # (images, 3)
             "features": features,  # (image tokens of all rows, width)
             "names": [image.path for image in images],
         }
@@ -1349,7 +1370,15 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
     config.vision_config.depth = 0
     # FSDP moves each GPU's share of the weights there by itself
     device = torch.device("cpu") if USES_FSDP and not adapter else base.device
-    options = {"quantization_config": four_bits(base.dtype)} if LOAD_IN_4BIT else {}
+    options = {}
+    if LOAD_IN_4BIT:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=base.dtype,
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        )
     model = load_weights(base._replace(config=config, device=device), MODEL_FOLDER, **options)
     del model.model.visual
     forget_missing_classes(model)
@@ -1374,17 +1403,6 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
     return model
 
 
-def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """Return how LOAD_IN_4BIT stores the weights of the language layers (QLoRA)."""
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-
-
 def forget_missing_classes(model: torch.nn.Module) -> None:
     """Take classes that have no module out of the lists in which FSDP looks them up."""
     present = {type(module).__name__ for module in model.modules()}
@@ -1396,10 +1414,8 @@ def forget_missing_classes(model: torch.nn.Module) -> None:
 
 def check_lora_targets(model: torch.nn.Module) -> None:
     """Stop if LORA_TARGETS names a layer that the language model does not have."""
-    layers = set()
-    for name, module in model.model.language_model.named_modules():
-        if hasattr(module, "in_features"):
-            layers.add(name.rpartition(".")[2])
+    modules = model.model.language_model.named_modules()
+    layers = {name.rpartition(".")[2] for name, each in modules if hasattr(each, "in_features")}
     unknown = sorted(set(LORA_TARGETS) - layers)
     if unknown:
         raise SystemExit(
@@ -1450,13 +1466,6 @@ class Caption(NamedTuple):
     ended: bool
 
 
-class Question(NamedTuple):
-    """A prompt about images that are held out, with everything that people answered."""
-
-    sample: dict
-    references: list[str]
-
-
 def check_question(text: str) -> str:
     """Refuse a question with what only the chat template may write: it would forge a turn."""
     forged = SPECIAL_TOKEN.search(text)
@@ -1465,13 +1474,13 @@ def check_question(text: str) -> str:
     return text
 
 
-def held_out_questions(table: datasets.Dataset) -> list[Question]:
-    """Return the questions of a table; one with many captions takes several of its rows."""
+def held_out_questions(table: datasets.Dataset) -> list[dict]:
+    """Return a sample for each question of a table, where one with many captions has several."""
     questions = {}
     for sample in table:
         key = json.dumps([sample["images"], sample["prompt"]])
-        question = questions.setdefault(key, Question(sample, []))
-        question.references.extend(sample["references"])
+        question = questions.setdefault(key, {**sample, "references": []})
+        question["references"] += sample["references"]
     return list(questions.values())
 
 
@@ -1493,8 +1502,8 @@ def generate_captions(
     model.eval()
     captions = []
     # the bar of the training stays where it is
-    options = {"unit": " images", "position": 0, "leave": False, "disable": not IS_MAIN}
-    with tqdm(desc=title, total=len(ours), **options) as bar:
+    options = {"unit": " images", "position": 0, "leave": False}
+    with tqdm(desc=title, total=len(ours), disable=not IS_MAIN or not ours, **options) as bar:
         for start in range(0, len(ours), collator.batch_size):
             numbers = ours[start : start + collator.batch_size]
             batch = [samples[number % len(samples)] for number in numbers]
@@ -1523,10 +1532,7 @@ def generate_batch(
     base = collator.base
     tokenizer = base.processor.tokenizer
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    batch = collator.make_batch(samples, with_answers=False)
-    images = itertools.chain.from_iterable(map(images_of, samples))
-    batch["grids"] = collator.grids(images)
-    batch = send_to_device(batch, base.device)
+    batch = send_to_device(collator.make_batch(samples, with_answers=False), base.device)
     with base.autocast():
         tokens = model.generate(
             input_ids=batch["input_ids"],
@@ -1646,17 +1652,11 @@ class Judge:
     def __init__(self, table: datasets.Dataset, collator: Collator) -> None:
         """Take the questions from the table of held-out samples."""
         self.collator = collator
-        samples, references = zip(*held_out_questions(table), strict=True)
-        self.samples = list(samples)
-        self.scores = Scores(list(references))
-        self.others = []  # a few of the images, with questions that were not trained on
-        for text in OTHER_QUESTIONS:
-            for sample in self.samples[:3]:
-                self.others.append(ask_instead(sample, text, collator.base))
-
-    def caption(self, model: torch.nn.Module, samples: list[dict], title: str) -> list[Caption]:
-        """Let the model answer samples, if there are any."""
-        return generate_captions(model, self.collator, samples, title) if samples else []
+        self.samples = held_out_questions(table)
+        self.scores = Scores([sample["references"] for sample in self.samples])
+        # a few of the images, with questions that were not trained on
+        pairs = itertools.product(OTHER_QUESTIONS, self.samples[:3])
+        self.others = [ask_instead(sample, text, collator.base) for text, sample in pairs]
 
     def caption_base(self, model: peft.PeftModel) -> dict[str, list[Caption]]:
         """Caption with the untouched base model, once for all evaluations and resumes."""
@@ -1670,19 +1670,16 @@ class Judge:
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept.pop("key") == key:
-                captions = {}
-                for name, said in kept.items():
-                    captions[name] = list(itertools.starmap(Caption, said))
-                return captions
+            if kept["key"] == key:
+                return {name: list(itertools.starmap(Caption, kept[name])) for name in asked}
         PartialState().wait_for_everyone()  # all have looked before the first one writes
         captions = {}
         with model.disable_adapter():
             for name, samples in asked.items():
-                captions[name] = self.caption(model, samples, f"Captions of the base ({name})")
+                title = f"Captions of the base ({name})"
+                captions[name] = generate_captions(model, self.collator, samples, title)
         if IS_MAIN:
-            with write_atomically(path) as file:
-                json.dump({"key": key, **captions}, file, ensure_ascii=False)
+            save_json(path, {"key": key, **captions})
         return captions
 
     def judge(self, model: peft.PeftModel, trained: bool) -> dict:
@@ -1692,8 +1689,9 @@ class Judge:
         # the adapter's second matrix is zero at first
         captions["fine_tuned"] = captions["base"]
         if trained:
-            captions["fine_tuned"] = self.caption(model, self.samples, "Captions")
-            others = self.caption(model, self.others, "Other questions")
+            ask = functools.partial(generate_captions, model, self.collator)
+            captions["fine_tuned"] = ask(self.samples, "Captions")
+            others = ask(self.others, "Other questions")
         results = self.compare(captions)
         for sample, before, now in zip(self.others, base_others, others, strict=True):
             row = {"images": sample["images"], "question": sample["question"]}
@@ -1718,8 +1716,7 @@ class Judge:
         gains = numpy.subtract(ciders["fine_tuned"], ciders["base"]).tolist()
         results["gain"] = [sum(gains) / len(gains), *interval(gains)]
         for number, sample in enumerate(self.samples):
-            row = {"images": sample["images"], "question": sample["question"]}
-            row["references"] = self.scores.references[number]
+            row = {name: sample[name] for name in ("images", "question", "references")}
             for column, said in captions.items():
                 row[column] = {**said[number]._asdict(), "CIDEr": ciders[column][number]}
             results["captions"].append(row)
@@ -1848,7 +1845,7 @@ def make_thumbnail(image: dict) -> Markup:
     """Return an image as HTML that holds the image itself, as the model saw it."""
     try:
         shown = open_image(image["path"], image["height"], image["width"])
-    except (OSError, ValueError) as error:  # moved or deleted since the model saw it
+    except Exception as error:  # moved, deleted or damaged since the model saw it
         return Markup("<p>{} ({})</p>").format(image["path"], error)
     jpeg = io.BytesIO()
     ImageOps.contain(shown, (280, 280)).save(jpeg, format="JPEG")  # 500 of them make 11 MB
@@ -1937,10 +1934,8 @@ def print_results(results: dict, report: Path | None) -> None:
         for column in results["scores"]:
             lines.append(f"{column + ':':12}{row[column]['text']}")
         lines += [f"{'reference:':12}{row['references'][0]}", ""]
-    lines.append(" " * 20 + "".join(f"{column:>12}" for column in results["scores"]))
-    for name in SCORE_NAMES:
-        values = [scores.get(name, math.nan) for scores in results["scores"].values()]
-        lines.append(f"{name:20}" + "".join(f"{value:12.3f}" for value in values))
+    table = pandas.DataFrame(results["scores"], index=list(SCORE_NAMES))
+    lines.append(table.to_string(float_format="{:.3f}".format, na_rep="-", col_space=12))
     for name, reason in results["notes"].items():
         lines.append(f"{name} means nothing here: {reason}.")
     lines.append(describe_results(results))
@@ -1955,10 +1950,8 @@ def print_results(results: dict, report: Path | None) -> None:
 class SaveAndStop(transformers.TrainerCallback):
     """Save at the end of each epoch; on Ctrl-C and the like finish the step, save it and stop."""
 
-    def __init__(self) -> None:
-        """Nothing was asked for yet."""
-        self.training = False
-        self.number = 0  # of the signal that asked to stop
+    training = False  # whether there is something to save
+    number = 0  # of the signal that asked to stop
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; before training, and the second time, end the script at once."""
@@ -2053,7 +2046,7 @@ class HeaviestPass(transformers.TrainerCallback):
         if BATCH_SIZE != "auto":
             sizes = [min(BATCH_SIZE, share)]
         else:
-            sizes = [2**power for power in range(share.bit_length()) if 2**power <= share]
+            sizes = [2**power for power in range(share.bit_length())]
         tries = [False, True] if GRADIENT_CHECKPOINTING == "auto" else [GRADIENT_CHECKPOINTING]
         for checkpointing in tries:
             self.set_checkpointing(checkpointing)
@@ -2061,10 +2054,11 @@ class HeaviestPass(transformers.TrainerCallback):
             # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
             if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
                 return best, checkpointing
+        recompute = "" if checkpointing else "set GRADIENT_CHECKPOINTING = True, "
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
-            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), lower "
-            "BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
+            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), "
+            f"{recompute}lower BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
         )
 
     def largest_that_fits(self, sizes: list[int], limit: float) -> int:
@@ -2103,23 +2097,25 @@ class HeaviestPass(transformers.TrainerCallback):
             missing += trained
         reset_peak()
         try:
-            for column in ("tokens", "learned"):
-                samples = heaviest(trainer.train_dataset, column, size)
+            for samples in heaviest(trainer.train_dataset, size):
                 # from the second pass on there are gradients to add to
                 trainer.try_pass(samples)
                 trainer.try_pass(samples)
-                # an evaluation needs less, unless its samples are much heavier
-                samples = heaviest(trainer.eval_dataset, column, size)
+            # an evaluation needs less, unless its samples are much heavier
+            for samples in heaviest(trainer.eval_dataset, size):
                 trainer.token_losses(self.collator.make_pass(samples))
         finally:
             trainer.model.zero_grad()
         return peak_memory() + missing
 
 
-def heaviest(table: datasets.Dataset, column: str, size: int) -> list[dict]:
-    """Return the samples with the largest numbers in a column."""
-    order = numpy.argsort(table[column][:], kind="stable")
-    return table.select(order[-size:]).to_list()
+def heaviest(table: datasets.Dataset, size: int) -> list[list[dict]]:
+    """Return the longest samples, and those with the most learned tokens if they are others."""
+    chosen = {}
+    for column in ("tokens", "learned"):
+        rows = numpy.argsort(table[column][:], kind="stable")[-size:]
+        chosen[frozenset(rows.tolist())] = table.select(rows).to_list()
+    return list(chosen.values())
 
 
 class CaptionTrainer(transformers.Trainer):
@@ -2163,10 +2159,8 @@ class CaptionTrainer(transformers.Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: int | None = None
-    ) -> torch.Tensor:
-        """Run the passes of a step and add up their gradients; returns the loss of the step."""
+    def training_step(self, model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
+        """Run the passes of a step of count tokens and add up their gradients and losses."""
         # so that a resumed run draws the same dropout
         torch.manual_seed(hash((SEED, self.state.global_step, self.args.process_index)))
         self.clock = self.clock or (time.monotonic(), self.state.global_step)
@@ -2176,8 +2170,8 @@ class CaptionTrainer(transformers.Trainer):
         for batch in others:
             # several processes exchange their gradients once, in the last pass
             with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
+                losses.append(super().training_step(model, batch, count))
+        losses.append(super().training_step(model, last, count))
         loss = torch.stack(losses).sum()
         if not loss.isfinite() and self.accelerator.scaler is None:
             raise SystemExit(
@@ -2187,16 +2181,9 @@ class CaptionTrainer(transformers.Trainer):
             )
         return loss
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict,
-        return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
-    ) -> torch.Tensor:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict, **options: Any) -> torch.Tensor:
         """Return the loss of a pass: its sum over tokens, divided by those of the whole step."""
-        inputs = model_inputs(inputs, self.hidden)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, model_inputs(inputs, self.hidden), **options)
 
     def try_pass(self, samples: list[dict]) -> None:
         """Run a training pass whose gradients are thrown away by the caller."""
@@ -2283,7 +2270,7 @@ class CaptionTrainer(transformers.Trainer):
         for name, value in self.results["scores"]["fine_tuned"].items():
             metrics[f"eval_{name}"] = value
         self.log(metrics)
-        self.keep_best()
+        self.keep_adapter()
         if IS_MAIN:
             show_results(self.results, self.state, self.run)
         self.clock = None  # the time of an evaluation is no training
@@ -2293,12 +2280,13 @@ class CaptionTrainer(transformers.Trainer):
         )
         return metrics
 
-    def keep_best(self) -> None:
-        """Keep the adapter of the best evaluation, with what it said, in OUTPUT_FOLDER/best."""
+    @explain_full_disk()
+    def keep_adapter(self) -> None:
+        """Keep the adapter and its results in OUTPUT_FOLDER/kept, if KEEP wants this one."""
         epoch_ended = self.state.global_step and float(self.state.epoch).is_integer()
-        if KEEP != "best" or not epoch_ended:
+        if not epoch_ended:
             return
-        folder, unfinished = Path(OUTPUT_FOLDER) / "best", Path(OUTPUT_FOLDER) / "best.tmp"
+        folder, unfinished = Path(OUTPUT_FOLDER) / "kept", Path(OUTPUT_FOLDER) / "kept.tmp"
         score = self.results["scores"]["fine_tuned"][self.results["headline"]]
         best = -math.inf
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -2306,17 +2294,25 @@ class CaptionTrainer(transformers.Trainer):
             best = kept["scores"]["fine_tuned"][self.results["headline"]]
         PartialState().wait_for_everyone()  # all have looked before the first one writes
         # of equals the later one: its loss has seen more
-        if score < best:
+        if KEEP == "best" and score < best:
             return
-        save_adapter(self, unfinished, self.results)
+        # FSDP gathers the weights from all processes
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
         if IS_MAIN:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(unfinished, state_dict=weights)
+            self.data_collator.base.processor.save_pretrained(unfinished)
+            share_with_others(unfinished / "adapter_model.safetensors")
+            write_model_card(unfinished, self.results, self.run)
+            save_json(unfinished / "results.json", self.results)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
-        PartialState().wait_for_everyone()
 
+    @explain_full_disk()
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
-        self.check_disk(copies=1)
+        self.check_room(checkpoints=1)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if not all(parameter.isfinite().all() for parameter in trained):
             raise SystemExit(
@@ -2335,15 +2331,11 @@ class CaptionTrainer(transformers.Trainer):
             for checkpoint in older[: max(0, len(older) + 1 - KEEP_CHECKPOINTS)]:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def check_disk(self, copies: int) -> None:
-        """Stop if so many checkpoints don't fit on the disk: out of space, half a file is left."""
+    def check_room(self, checkpoints: int) -> None:
+        """Stop if so many checkpoints don't fit on the disk."""
         # Adam keeps two numbers for each weight
-        needed = copies * (3 * trained_bytes(self.model) + 2**24)
-        if shutil.disk_usage(OUTPUT_FOLDER).free < needed:
-            raise SystemExit(
-                f"Not enough disk space for checkpoints in {OUTPUT_FOLDER} "
-                f"({needed / 1e6:.0f} MB needed). Free some and run again."
-            )
+        needed = checkpoints * (3 * trained_bytes(self.model) + 2**24)
+        check_disk(OUTPUT_FOLDER, needed, "checkpoints")
 
 
 def trained_bytes(model: torch.nn.Module) -> int:
@@ -2364,37 +2356,23 @@ def flush_to_disk(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def save_adapter(trainer: CaptionTrainer, folder: Path, results: dict) -> None:
-    """Write adapter, processor and results to a folder; all processes must call this."""
-    # FSDP gathers the weights from all processes
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not IS_MAIN:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(folder, state_dict=weights)
-    trainer.data_collator.base.processor.save_pretrained(folder)
-    share_with_others(folder / "adapter_model.safetensors")
-    write_model_card(folder, results, trainer.run)
-    with write_atomically(folder / "results.json") as file:
-        json.dump(results, file, ensure_ascii=False, indent=2)
-
-
 def show_results(results: dict, state: State, run: dict) -> None:
-    """Show an evaluation in report.html, in SwanLab and in the terminal.
-
-    This is for looking: what goes wrong here is said, and tried again after the next epoch.
-    """
+    """Show an evaluation in report.html, in SwanLab and in the terminal."""
     report = None
-    try:
+    with only_for_looking("report.html can't be written"):
         report = write_report(results, state, run)
-    except OSError as error:
-        tqdm.write(f"report.html can't be written ({error.strerror}). Training goes on.")
-    try:
+    with only_for_looking("SwanLab does not take the samples"):
         log_samples(results, state.global_step)
-    except Exception as error:  # SwanLab raises what its server, its disk and its checks raise
-        tqdm.write(f"SwanLab does not take the samples ({error!r}). Training goes on.")
     print_results(results, report)
+
+
+@contextlib.contextmanager
+def only_for_looking(fault: str) -> Iterator[None]:
+    """Say what goes wrong, and continue: it is tried again after the next epoch."""
+    try:
+        yield
+    except Exception as error:  # SwanLab alone raises dozens of kinds
+        tqdm.write(f"{fault} ({error!r}). Training goes on.")
 
 
 def build_trainer(
@@ -2428,6 +2406,9 @@ def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arg
     # where there are fewer images than a step takes, each step sees all of them
     images = max(1, min(IMAGES_PER_STEP, samples) // processes)
     steps = math.ceil(samples / (images * processes))
+    epoch = 0.0
+    if checkpoint:
+        epoch = State.load_from_json(str(checkpoint / "trainer_state.json")).epoch
     arguments = Arguments(
         output_dir=OUTPUT_FOLDER,
         seed=SEED,
@@ -2437,32 +2418,24 @@ def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arg
         # Batches. The collator cuts the images of a step into passes, so that BATCH_SIZE changes
         # nothing else; a step sees as many images on any number of GPUs.
         per_device_train_batch_size=images,
-        gradient_accumulation_steps=1,
         remove_unused_columns=False,  # the collator needs the whole sample
         dataloader_pin_memory=base.device.type == "cuda",
         ddp_find_unused_parameters=False,
         # Optimisation
         num_train_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
-        # Evaluation: on a resume only where the one after an epoch is still missing
+        # Evaluation: at the start too, unless it resumes within an epoch
         eval_strategy="epoch",
-        eval_on_start=checkpoint is None or ended_epoch(checkpoint),
+        eval_on_start=epoch.is_integer(),
         # Logging: at least once per epoch; training_step looks for infinite losses itself
         logging_steps=min(LOG_STEPS, steps),
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         # Checkpoints: CaptionTrainer deletes the older ones
         save_steps=SAVE_STEPS,
-        save_total_limit=None,
     )
     arguments._n_gpu = 1  # one process, one GPU: keep the Trainer from using DataParallel
     return arguments
-
-
-def ended_epoch(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written at the end of an epoch."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return float(state["epoch"]).is_integer()
 
 
 def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
@@ -2483,7 +2456,7 @@ def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
         f"{EPOCHS} epochs of {steps} steps with {images} images each: {EPOCHS * steps} steps. "
         f"Results go to {Path(OUTPUT_FOLDER).absolute()}"
     )
-    trainer.check_disk(copies=KEEP_CHECKPOINTS + 1)
+    trainer.check_room(KEEP_CHECKPOINTS + 1 - len(find_checkpoints()))
     if EPOCHS * steps < 20:
         print(
             f"Only {EPOCHS * steps} steps: that teaches little. Take more images, a higher EPOCHS, "
@@ -2521,7 +2494,8 @@ class SwanLabCurves(transformers.TrainerCallback):
             elif name.startswith("eval_"):
                 points[name.replace("eval_", "eval/", 1)] = value
         if points and swanlab.has_run():
-            swanlab.log(points, step=state.global_step)
+            with only_for_looking("SwanLab does not take the numbers"):
+                swanlab.log(points, step=state.global_step)
 
 
 def start_swanlab(run: dict) -> None:
@@ -2620,9 +2594,12 @@ def finish_swanlab(failure: BaseException | None) -> None:
         within(SWANLAB_TIMEOUT, swanlab.finish, **end)
     except Exception as error:  # whatever it is, the training is over
         print(f"SwanLab did not finish ({error!r}). {advice}", flush=True)
-        if failure:
+        if isinstance(failure, SystemExit):
             print(failure, file=sys.stderr, flush=True)
-            leave_swanlab(failure.code if isinstance(failure, SystemExit) else 1)
+            leave_swanlab(failure.code)
+        elif failure:
+            traceback.print_exception(failure)
+            leave_swanlab(1)
 
 
 def leave_swanlab(code: int | str | None) -> None:
@@ -2712,7 +2689,7 @@ def read_requests() -> list[Request]:
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
         wanted = [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
     elif source.suffix.lower() == ".csv":
-        wanted = read_rows(source)
+        wanted = read_csv_requests(source)
     else:
         wanted = [Request(CAPTION, os.path.abspath(source), "")]
     if not wanted:
@@ -2720,7 +2697,7 @@ def read_requests() -> list[Request]:
     return wanted
 
 
-def read_rows(source: Path) -> list[Request]:
+def read_csv_requests(source: Path) -> list[Request]:
     """Return the images and questions that a CSV names, relative to its folder."""
     rows = read_csv(source)
     if rows and "image_path" not in rows[0]:
@@ -2753,8 +2730,14 @@ def caption_images(base: Base, run: dict) -> None:
     Through the same functions as in training, so with the same prompt and pixels.
     """
     wanted = read_requests()
+    several = len(IMAGE_MARKER.findall(run["question"])) > 1
+    if several and not all(request.question for request in wanted):
+        raise SystemExit(
+            "The training asked about several images at once. Give each image that CAPTION names "
+            "a question of its own, in a CSV with the columns image_path and question."
+        )
     features = KeptFeatures(base)
-    images = see_requested(wanted, features, base)
+    images = see_requested([request.path for request in wanted], features, base)
     wanted = [request for request in wanted if request.path in images]
     if not wanted:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no image that can be captioned.")
@@ -2762,30 +2745,31 @@ def caption_images(base: Base, run: dict) -> None:
     collator = Collator(base, features, model)
     # what an interrupted start has captioned already
     unfinished = Path(OUTPUT_FOLDER) / "captions.part"
-    captions = read_finished(unfinished)
+    captions = {}
+    with contextlib.suppress(OSError, ValueError):
+        for request, caption in json.loads(unfinished.read_text(encoding="utf-8")):
+            captions[Request(*request)] = caption
     waiting = [request for request in wanted if request not in captions]
     portion = 8 * collator.batch_size * PartialState().num_processes
     for start in range(0, len(waiting), portion):
         part = waiting[start : start + portion]
-        samples = [make_sample(images[each.path], each.question, base, run) for each in part]
+        samples = []
+        for request in part:
+            sample = {"images": [images[request.path]._asdict()]}
+            samples.append(ask_instead(sample, request.question or run["question"], base))
         title = f"Captions from {start + 1} of {len(waiting)}"
-        for request, caption in zip(
-            part, generate_captions(model, collator, samples, title), strict=True
-        ):
-            captions[request] = caption.text
+        said = generate_captions(model, collator, samples, title)
+        captions.update(zip(part, [caption.text for caption in said], strict=True))
         if IS_MAIN:
-            with write_atomically(unfinished) as file:
-                json.dump(list(captions.items()), file, ensure_ascii=False)
+            save_json(unfinished, list(captions.items()))
     if IS_MAIN:
         write_captions([(request, captions[request]) for request in wanted])
         unfinished.unlink(missing_ok=True)
 
 
-def see_requested(
-    wanted: list[Request], features: KeptFeatures, base: Base
-) -> dict[str, ImageFile]:
+def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[str, ImageFile]:
     """Return the images that can be captioned, by path; name the others."""
-    inspected = inspect_images((request.path for request in wanted), base.side)
+    inspected = inspect_images(paths, base.side)
     whole = [image for image in inspected.values() if not image.problem]
     problems = see_images(whole, features, base)
     images = {}
@@ -2796,20 +2780,6 @@ def see_requested(
         else:
             images[path] = image
     return images
-
-
-def make_sample(image: ImageFile, question: str, base: Base, run: dict) -> dict:
-    """Return a sample without answers: an image with its own question or that of the training."""
-    return ask_instead({"images": [image._asdict()]}, question or run["question"], base)
-
-
-def read_finished(path: Path) -> dict[Request, str]:
-    """Return the captions that an interrupted start has made."""
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {Request(*request): caption for request, caption in pairs}
 
 
 def write_captions(rows: list[tuple[Request, str]]) -> None:
@@ -2881,13 +2851,9 @@ def save_merged(base: Base) -> None:
         print(f"{folder} is there already. Delete it to have it written again.")
         return
     if IS_MAIN:
-        size = sum(path.stat().st_size for path in Path(MODEL_FOLDER).glob("*.safetensors"))
-        if shutil.disk_usage(OUTPUT_FOLDER).free < 1.02 * size:
-            raise SystemExit(
-                f"Not enough disk space for {folder} ({size / 1e9:.1f} GB needed). Free some and "
-                "run again, or set SAVE_MERGED = False."
-            )
         shutil.rmtree(unfinished, ignore_errors=True)
+        size = sum(path.stat().st_size for path in Path(MODEL_FOLDER).glob("*.safetensors"))
+        check_disk(OUTPUT_FOLDER, 1.02 * size, "the merged model")
         unfinished.mkdir()
         print(f"Merging the adapter into a copy of {MODEL_FOLDER}.")
         merge_adapter(unfinished)
@@ -2900,10 +2866,11 @@ def save_merged(base: Base) -> None:
 
 def prove_merged(folder: Path, base: Base) -> float:
     """Open a merged model afresh; return the share of held-out captions that are the adapter's."""
+    features = KeptFeatures(base)
+    samples = held_out_questions(load_tables()["test"])
+    see_again(samples, features, base)
     model = load_weights(base, folder)
-    collator = Collator(base, KeptFeatures(base), model)
-    table = datasets.load_from_disk(Path(OUTPUT_FOLDER) / "table")["test"]
-    samples = [question.sample for question in held_out_questions(table)]
+    collator = Collator(base, features, model)
     said = generate_captions(model, collator, samples, "Captions of the merged model")
     results = json.loads((Path(OUTPUT_FOLDER) / "results.json").read_text(encoding="utf-8"))
     pairs = zip(said, results["captions"], strict=True)
@@ -2932,29 +2899,14 @@ def quiet_libraries() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def check_optional_packages() -> None:
-    """Stop if a constant needs a package that is not installed."""
-    if LOAD_IN_4BIT and not transformers.utils.is_bitsandbytes_available():
-        raise SystemExit(
-            "LOAD_IN_4BIT = True needs bitsandbytes: pip install -U bitsandbytes, or set it to "
-            "False."
-        )
-
-
 def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
     """Check the data, let the tower see all images, split, and write the tables."""
     tables = load_tables() if resuming else None
     # a project that was moved has its images elsewhere now, and the report shows them
     if tables and os.path.isfile(tables["train"][0]["images"][0]["path"]):
-        samples = itertools.chain(*tables.values())
-        images = itertools.chain.from_iterable(map(images_of, samples))
-        problems = see_images(images, features, base)
-        if problems:
-            raise SystemExit(
-                f"{next(iter(problems.values()))}, and {CACHE_FOLDER} lacks what the model saw. "
-                "Bring the image back, or set OUTPUT_FOLDER to a new folder."
-            )
+        see_again(itertools.chain(*tables.values()), features, base)
         return tables
+    del tables  # Windows can't replace files that are open
     training, test, images = [], [], []
     if IS_MAIN:
         training = read_examples(DATA_JSON, base)
@@ -2962,7 +2914,6 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
         images = sorted({image for example in training + test for image in example.images})
     else:
         print("Waiting while process 0 checks the data.", file=sys.stderr, flush=True)
-    [images] = broadcast_object_list([images])
     problems = see_images(images, features, base)
     if IS_MAIN:
         training = drop_unseen(training, problems)
@@ -2974,6 +2925,17 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
         save_tables(training, test)
     PartialState().wait_for_everyone()
     return load_tables()
+
+
+def see_again(samples: Iterable[dict], features: KeptFeatures, base: Base) -> None:
+    """Let the tower see the images of samples whose features are no longer in CACHE_FOLDER."""
+    images = itertools.chain.from_iterable(map(images_of, samples))
+    problems = see_images(images, features, base)
+    if problems:
+        raise SystemExit(
+            f"{next(iter(problems.values()))}, and {CACHE_FOLDER} lacks what the model saw. Bring "
+            "the image back, or set OUTPUT_FOLDER to a new folder."
+        )
 
 
 def print_sample(sample: dict, base: Base) -> None:
@@ -3011,8 +2973,9 @@ def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
     run["size"] = describe_size(base)
     run["dtype"] = str(base.dtype)
     if IS_MAIN:
-        with write_atomically(Path(OUTPUT_FOLDER) / "run.json") as file:
-            json.dump(run, file, ensure_ascii=False, indent=2)
+        save_json(Path(OUTPUT_FOLDER) / "run.json", run)
+        if not checkpoint:  # what was kept there is another run's
+            shutil.rmtree(Path(OUTPUT_FOLDER) / "kept", ignore_errors=True)
     print_sample(sample, base)
     model = load_model(base)
     collator = Collator(base, features, model)
@@ -3032,42 +2995,33 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
     """Train and save, with a SwanLab run around it; advice follows the cause of an error."""
     if IS_MAIN:
         start_swanlab(trainer.run)
+    advice = ", lower BATCH_SIZE or set GRADIENT_CHECKPOINTING = True, and run again to resume"
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with needs_gpu_memory("the training", advice):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.training = False
         step = trainer.state.global_step
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
             raise SystemExit(128 + stopper.number)
-        save_result(trainer)
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"The GPU is out of memory ({str(error).splitlines()[0]}). Set a lower BATCH_SIZE or "
-            "GRADIENT_CHECKPOINTING = True, and run again to resume."
-        ) from None
+        if IS_MAIN:
+            save_result(trainer)
     finally:
         finish_swanlab(sys.exception())
 
 
+@explain_full_disk()
 def save_result(trainer: CaptionTrainer) -> None:
-    """Write the adapter and, last, results.json, with which the run counts as finished."""
-    folder, unfinished = Path(OUTPUT_FOLDER), Path(OUTPUT_FOLDER) / "adapter.tmp"
-    if KEEP == "last" or not (folder / "best").is_dir():
-        save_adapter(trainer, unfinished, trainer.results)
-    elif IS_MAIN:
-        shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
-    if not IS_MAIN:
-        return
-    results = unfinished / "results.json"
-    kept = json.loads(results.read_text(encoding="utf-8"))
-    if kept["step"] != trainer.results["step"]:
-        print(f"Step {kept['step']} had the highest {kept['headline']}: its adapter is kept.")
-        show_results(kept, trainer.state, trainer.run)
-    # last, for with it the run counts as finished
-    others = shutil.ignore_patterns("results.json")
-    shutil.copytree(unfinished, folder, ignore=others, dirs_exist_ok=True, copy_function=os.replace)
-    os.replace(results, folder / "results.json")
-    shutil.rmtree(unfinished)
+    """Copy what was kept to OUTPUT_FOLDER, and show it if it was not the last evaluation."""
+    kept = Path(OUTPUT_FOLDER) / "kept"
+    results = json.loads((kept / "results.json").read_text(encoding="utf-8"))
+    if results["step"] != trainer.results["step"]:
+        print(f"Step {results['step']} had the highest {results['headline']}: its adapter is kept.")
+        show_results(results, trainer.state, trainer.run)
+    # results.json last, for with it the run counts as finished
+    for path in sorted(kept.iterdir(), key=lambda path: path.name == "results.json"):
+        with write_atomically(Path(OUTPUT_FOLDER) / path.name, "wb") as file:
+            file.write(path.read_bytes())
 
 
 def use_result(base: Base) -> None:
@@ -3086,7 +3040,6 @@ def main() -> None:
     """Train the adapter, unless it is trained already, and use it."""
     prepare_console()
     check_constants()
-    check_optional_packages()
     check_launcher()
     quiet_libraries()
     stopper = SaveAndStop()

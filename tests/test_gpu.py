@@ -331,10 +331,9 @@ def test_the_tower_is_not_waited_for(train, base, workshop, tmp_path):
     features = train.KeptFeatures(base)
     tower = train.load_tower(base)
     batch = list(train.open_ahead(images, base))
-    problems = {}
-    train.see_batch(batch, tower, features, problems)  # warms up
+    train.see_batch(batch, tower, features)  # warms up
     with synchronisations() as caught:
-        train.see_batch(batch, tower, features, problems)
+        problems = train.see_batch(batch, tower, features)
     assert problems == {} and all(map(features.holds, images))
     waits = count_synchronisations(caught)
     print(f"{waits} synchronisations for {len(images)} images")

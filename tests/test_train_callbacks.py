@@ -107,12 +107,15 @@ def logs_of(trainer, name: str) -> list[float]:
 # ---- The heaviest pass
 
 
-def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys):
-    """It is run in training mode, for both kinds of heavy batches, held-out ones included.
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys, monkeypatch, kinds):
+    """It is run in training mode, for all kinds of heavy batches, held-out ones included.
 
     Nothing of it is left. Otherwise memory runs out in the middle of a night.
     """
     trainer = build()
+    chosen = train.heaviest
+    monkeypatch.setattr(train, "heaviest", lambda table, size: chosen(table, size)[:1] * kinds)
     seen = []
     layer = trainer.model.get_base_model().model.language_model.layers[0]
     hook = layer.register_forward_hook(
@@ -122,8 +125,10 @@ def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys):
     trainer.create_optimizer()
     train.HeaviestPass(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
     hook.remove()
-    # twice, as gradients of the first are there in the second, then two that are held out
-    assert seen == [(True, 2), (True, 2), (False, 2)] * 2
+    # twice, as gradients of the first are there in the second, then those that are held out
+    learned = train.heaviest(trainer.train_dataset, 2)
+    held_out = train.heaviest(trainer.eval_dataset, 2)
+    assert seen == [(True, 2)] * 2 * len(learned) + [(False, 2)] * len(held_out)
     assert all(weight.grad is None for weight in trainer.model.parameters())
     assert torch.equal(adapter_of(trainer), before) and not trainer.optimizer.state
     printed = capsys.readouterr().out
@@ -139,9 +144,11 @@ def test_heavy_are_the_longest_and_those_with_most_to_learn(train):
         {"tokens": 20, "learned": 5},
     ]
     table = train.datasets.Dataset.from_list(rows)
-    assert train.heaviest(table, "tokens", 2) == [rows[2], rows[1]]
-    assert train.heaviest(table, "learned", 2) == [rows[2], rows[0]]
-    assert train.heaviest(table, "learned", 8) == [rows[1], rows[2], rows[0]]
+    assert train.heaviest(table, 1) == [[rows[1]], [rows[0]]]
+    assert train.heaviest(table, 2) == [[rows[2], rows[1]], [rows[2], rows[0]]]
+    [everything] = train.heaviest(table, 3)
+    assert len(everything) == 3, "the same samples are tried once"
+    assert len(train.heaviest(table, 8)) == 1
 
 
 @pytest.mark.parametrize(("processes", "numbers"), [(1, 2), (2, 3)])
@@ -283,9 +290,12 @@ def test_no_more_is_tried_than_a_process_has_images(choosing):
 
 @pytest.mark.parametrize("constants", [{}, {"BATCH_SIZE": 8}, {"GRADIENT_CHECKPOINTING": False}])
 def test_a_pass_that_does_not_fit_at_all_is_one_sentence(choosing, constants):
-    """It says how much is free, and what to lower."""
-    with pytest.raises(SystemExit, match="does not fit into the 10.0 GiB that are free on the GPU"):
+    """It says how much is free, what to lower, and what is switched off."""
+    sentence = "does not fit into the 10.0 GiB that are free on the GPU"
+    with pytest.raises(SystemExit, match=sentence) as error:
         choosing(meter(9.5, 1, 0.1), constants)
+    off = constants.get("GRADIENT_CHECKPOINTING") is False
+    assert ("GRADIENT_CHECKPOINTING = True" in str(error.value)) == off
 
 
 def test_all_processes_choose_the_same(choosing):
@@ -814,25 +824,25 @@ def evaluation(train, trainer, score: float, epoch: float, step: int) -> None:
         "captions": [],
         "step": step,
     }
-    trainer.keep_best()
+    trainer.keep_adapter()
 
 
 def kept_step(settings: Path) -> int:
-    return json.loads((settings / "best/results.json").read_text(encoding="utf-8"))["step"]
+    return json.loads((settings / "kept/results.json").read_text(encoding="utf-8"))["step"]
 
 
 def test_the_adapter_of_the_best_evaluation_is_kept(train, build, settings):
     """A worse one does not replace it, of equals the later stays, half an epoch never counts."""
     trainer = build()
     evaluation(train, trainer, 9.0, 0.0, step=0)
-    assert not (settings / "best").exists(), "nothing was trained yet"
+    assert not (settings / "kept").exists(), "nothing was trained yet"
     kept = []
     moments = [(0.5, 1.0, 2), (0.4, 2.0, 4), (0.9, 2.5, 5), (0.5, 3.0, 6), (0.7, 4.0, 8)]
     for score, epoch, step in moments:
         evaluation(train, trainer, score, epoch, step)
         kept.append(kept_step(settings))
     assert kept == [2, 2, 2, 6, 8]
-    assert not (settings / "best.tmp").exists()
+    assert not (settings / "kept.tmp").exists()
 
 
 def test_a_resume_knows_the_best_so_far(train, build, settings):
@@ -842,9 +852,19 @@ def test_a_resume_knows_the_best_so_far(train, build, settings):
     again = build()
     evaluation(train, again, 0.4, 2.0, 4)
     assert kept_step(settings) == 2
-    (settings / "best/results.json").write_text('{"scores": ')
+    (settings / "kept/results.json").write_text('{"scores": ')
     evaluation(train, again, 0.4, 3.0, 6)
     assert kept_step(settings) == 6
+
+
+def test_a_new_run_forgets_what_another_one_kept(train, base, settings, monkeypatch):
+    """Without a checkpoint nothing is kept. Otherwise an old adapter could be called the best."""
+    (settings / "kept").mkdir()
+    (settings / "kept/results.json").write_text("{}")
+    monkeypatch.setattr(train, "announce", lambda tables, trainer: None)
+    monkeypatch.setattr(train, "train_and_watch", lambda *_: None)
+    train.train_adapter(base, train.describe_run(), train.SaveAndStop())
+    assert not (settings / "kept").exists()
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -864,8 +884,7 @@ def test_the_result_is_the_best_or_the_last(train, build, settings, monkeypatch,
     saved = weights[name.replace(".default", "")]
     assert saved.unique().tolist() == [results["step"]]
     assert train.is_finished() and (settings / "README.md").is_file()
-    assert (settings / "best").exists() == (keep == "best")
-    assert not (settings / "adapter.tmp").exists()
+    assert not list(settings.rglob("*.tmp"))
 
 
 def test_the_result_counts_when_all_of_it_is_there(train, build, settings, monkeypatch):
@@ -917,13 +936,29 @@ def test_a_full_disk_is_said_before_half_a_checkpoint_is_written(
     trainer = build()
     trainer.create_optimizer()
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(SystemExit, match="Not enough disk space for checkpoints in .* MB needed"):
+    with pytest.raises(
+        SystemExit, match="Not enough disk space for checkpoints in .* GB are needed"
+    ):
         if when == "before training":
             tables = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
             train.announce(tables, trainer)
         else:
             trainer._save_checkpoint(trainer.model, trial=None)
     assert train.find_checkpoints() == []
+
+
+def test_a_resume_needs_no_room_for_checkpoints_that_are_there(train, build, settings, monkeypatch):
+    """What was saved already is not counted again. Otherwise a resume is refused on a full disk."""
+    trainer = build()
+    for step in range(train.KEEP_CHECKPOINTS):
+        (settings / f"checkpoint-{step + 1}").mkdir()
+    one = 3 * train.trained_bytes(trainer.model) + 2**24
+    tables = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=one))
+    train.announce(tables, trainer)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=one - 1))
+    with pytest.raises(SystemExit, match="Not enough disk space for checkpoints"):
+        train.announce(tables, trainer)
 
 
 def test_old_checkpoints_go_when_the_new_one_is_on_the_disk(train, build, settings, monkeypatch):
@@ -982,6 +1017,15 @@ def checkpoints(trained, settings) -> Path:
     return settings
 
 
+def test_a_merged_model_is_proven_without_a_cache(train, base, checkpoints, tmp_path, monkeypatch):
+    """The tower sees the held-out images again. Otherwise SAVE_MERGED ends in a traceback."""
+    shutil.copy(checkpoints / "kept/results.json", checkpoints)
+    monkeypatch.setattr(train, "CACHE_FOLDER", str(tmp_path / "another cache"))
+    # the model without its adapter says the same only by chance
+    assert 0 <= train.prove_merged(Path(train.MODEL_FOLDER), base) <= 1
+    assert list((tmp_path / "another cache").rglob("*"))
+
+
 NEEDED = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
 FILES = [*NEEDED, "adapter_config.json", "rng_state.pth", "training_args.bin"]
 
@@ -1032,7 +1076,7 @@ def test_without_a_whole_checkpoint_it_begins_anew(train, checkpoints, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint-9-best", "checkpoint-9 copy", "my-checkpoint-9", "best"]
+    "name", ["checkpoint-9-best", "checkpoint-9 copy", "my-checkpoint-9", "kept"]
 )
 def test_copies_of_checkpoints_are_left_alone(train, checkpoints, name):
     """Only folders named checkpoint-NUMBER are resumed and deleted: a copy is the user's own."""

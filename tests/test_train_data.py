@@ -491,7 +491,7 @@ def test_rows_obey_max_length_held_out_or_not(train, base, collator, image_folde
     assert max(lengths) <= 256 and len(rows) < 100, "full rows"
     table = train.datasets.Dataset.from_list(rows)
     [question] = train.held_out_questions(table)
-    assert question.references == captions
+    assert question["references"] == captions
 
 
 def test_tables_are_read_back_as_they_were_written(train, base, data_json):

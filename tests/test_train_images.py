@@ -1,21 +1,18 @@
 """train.py, images: opened as people see them, inspected, seen once by the tower, kept."""
 
-import ast
 import hashlib
 import io
 import os
-import re
 import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from conftest import TESTS, posix
+from conftest import posix
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from support.training import (
     MARKER,
@@ -220,31 +217,14 @@ def open_plainly(file: io.BytesIO, height: int, width: int) -> Image.Image:
     return whole.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def readme_functions(train) -> list[Callable]:
-    """Return open_image from each of README's code blocks; open_plainly where it has none."""
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-    functions = []
-    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
-        parts = ast.parse(block).body
-        wanted = [part for part in parts if getattr(part, "name", "") == "open_image"]
-        if wanted:
-            imports = [part for part in parts if isinstance(part, ast.Import | ast.ImportFrom)]
-            names = {"IMAGE_FORMATS": train.IMAGE_FORMATS}
-            exec(compile(ast.Module(imports + wanted, []), "README.md", "exec"), names)
-            functions.append(names["open_image"])
-    return functions or [open_plainly]
-
-
-def test_readme_opens_images_as_train_py_does(train):
-    """README's code gives the pixels of the training. Otherwise users caption other images."""
-    for function in readme_functions(train):
-        for name, (content, _) in AWKWARD.items():
-            for size in ((56, 112), (HEIGHT, WIDTH)):
-                ours = train.open_image(io.BytesIO(content), *size)
-                theirs = function(io.BytesIO(content), *size)
-                # open_plainly rounds the same numbers elsewhere
-                allowed = 2 if function is open_plainly else 0
-                assert difference(theirs, ours).max() <= allowed, (name, size)
+def test_images_are_opened_as_plain_code_opens_them(train):
+    """Sizes and colours are those of another program that does the same."""
+    for name, (content, _) in AWKWARD.items():
+        for size in ((56, 112), (HEIGHT, WIDTH)):
+            ours = train.open_image(io.BytesIO(content), *size)
+            theirs = open_plainly(io.BytesIO(content), *size)
+            # the same numbers are rounded elsewhere
+            assert difference(theirs, ours).max() <= 2, (name, size)
 
 
 TOO_DEEP = {
@@ -728,9 +708,7 @@ def test_processes_share_the_images(train, base, image_folder, tmp_path, monkeyp
     seen, others = [], [{"digest of another process": "its reason"}]
     monkeypatch.setattr(train, "gather_object", lambda ours: ours + others)
     for index in range(3):
-        state = SimpleNamespace(
-            process_index=index, num_processes=3, wait_for_everyone=lambda: None
-        )
+        state = SimpleNamespace(process_index=index, num_processes=3)
         monkeypatch.setattr(train, "PartialState", lambda state=state: state)
         monkeypatch.setattr(train, "CACHE_FOLDER", str(tmp_path / f"cache {index}"))
         features = train.KeptFeatures(base)
@@ -739,6 +717,19 @@ def test_processes_share_the_images(train, base, image_folder, tmp_path, monkeyp
         assert (images[6].digest in problems) == (index == 0), "it is the seventh: the first's"
         seen.append([number for number in range(7) if features.holds(images[number])])
     assert seen == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_all_processes_share_what_the_first_one_has_found(
+    train, base, image_folder, cache, monkeypatch
+):
+    """The list is that of process 0. Otherwise another run's files make the shares differ."""
+    images = inspect(train, base, image_folder, "one.jpg", "two.jpg")
+    state = SimpleNamespace(process_index=1, num_processes=2)
+    monkeypatch.setattr(train, "PartialState", lambda: state)
+    monkeypatch.setattr(train, "broadcast_object_list", lambda ours: [images])
+    features = train.KeptFeatures(base)
+    train.see_images([], features, base)
+    assert [features.holds(image) for image in images] == [False, True]
 
 
 def test_images_are_opened_while_the_tower_works(train, base, monkeypatch):
@@ -835,7 +826,7 @@ def test_held_out_images_that_cannot_be_opened_are_not_scored(
     tables = train.prepare_data(base, train.KeptFeatures(base), resuming=False)
     assert names_in(tables["test"]) == {"own.jpg"} and len(names_in(tables["train"])) == 6
     questions = train.held_out_questions(tables["test"])
-    assert [question.references for question in questions] == [["a red circle"]]
+    assert [question["references"] for question in questions] == [["a red circle"]]
 
 
 def test_an_image_that_changes_between_check_and_pass_is_not_learned(

@@ -392,7 +392,7 @@ def test_an_image_is_one_question_whatever_its_number_of_rows(train, judge):
     for sample in judge.samples:
         rows += [{**sample, "references": [text]} for text in ("first", "second", "third")]
     questions = train.held_out_questions(train.datasets.Dataset.from_list(rows))
-    assert [question.references for question in questions] == [["first", "second", "third"]] * 4
+    assert [question["references"] for question in questions] == [["first", "second", "third"]] * 4
 
 
 def test_another_question_is_asked_about_all_images(train, exact, collator, model, image_folder):
@@ -565,6 +565,18 @@ def test_samples_are_printed_with_their_references(train, results, capsys, monke
     assert cider.split()[1:] == [f"{value:.3f}" for value in values]
     assert lines[-2] == train.describe_results(results) and "95 % interval" in lines[-2]
     assert lines[-1] == "See output/report.html"
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), KeyError("Exif")])
+def test_an_image_that_was_damaged_is_named_in_the_report(train, monkeypatch, error):
+    """Pillow raises a dozen kinds of errors, and none of them may end a training."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "open_image", fail)
+    shown = train.make_thumbnail({"path": "a.jpg", "height": 56, "width": 56})
+    assert shown.startswith("<p>a.jpg (")
 
 
 @pytest.mark.parametrize("fault", ["full disk", "report in use", "SwanLab"])
