@@ -278,7 +278,8 @@ def describe_run() -> dict:
             data.update(Path(path).read_bytes())
         except OSError as error:
             raise SystemExit(
-                f"{path} can't be read ({error.strerror}). Run csv2json.py, or set DATA_JSON."
+                f"{path} can't be read ({error.strerror}). Run csv2json.py, or set DATA_JSON and "
+                "TEST_JSON."
             ) from None
     return {
         "constants": {name: getattr(script, name) for name in get_type_hints(script)},
@@ -2439,7 +2440,7 @@ def announce(tables: datasets.DatasetDict, trainer: CaptionTrainer) -> None:
         f"{len(train)} samples with {captions} captions to train on, {len(tables['test'])} samples "
         f"held out. At most {most_tokens} tokens per image."
     )
-    print(f"{trainable:,} parameters are trained, {total - trainable:,} are frozen on the GPU.")
+    print(f"{trainable:,} parameters are trained, {total - trainable:,} are frozen.")
     print(
         f"{EPOCHS} epochs of {steps} steps with {images} images each: {EPOCHS * steps} steps. "
         f"Results go to {Path(OUTPUT_FOLDER).absolute()}"
