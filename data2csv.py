@@ -35,7 +35,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path, PureWindowsPath
 from types import FrameType
-from typing import IO, Annotated, NamedTuple, NoReturn, TypeVar, get_type_hints
+from typing import IO, Annotated, Literal, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import requests
 import urllib3
@@ -44,23 +44,22 @@ from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-# The rules of the constants; the lambdas, because the functions stand below them
+# The rules of the constants; a lambda, because the function stands below them
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
-ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"]
+ImageFormats = Annotated[list[Format], Field(min_length=1)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]")]
-ImageUrl = Annotated[str, Field(pattern=r"^https?://[^{}]+\{image_id(:0\d+d)?\}[^{}]*$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 Pause = Annotated[float, Field(ge=0, le=3600)]
 Threads = Annotated[int, Field(ge=1, le=256)]
-Pixels = Annotated[int, Field(ge=8, le=2000)]
+PreviewPixels = Annotated[int, Field(ge=8, le=2000)]
 Few = Annotated[int, Field(ge=1, le=200)]
 
 # --------------------------------------------------------------------------------------------------
 # Data
 MAX_DATA_NUMBER: PositiveInt | None = 500  # the table's first images; None: all 82,783 (13.5 GB)
 CAPTIONS_PER_IMAGE: PositiveInt = 5  # at most; COCO has five captions per image, seldom more
-# Pillow's names of the formats that an image may have; COCO's are all JPEG
-IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP"]
+IMAGE_FORMATS: ImageFormats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's names
 IMAGE_BYTES: PositiveInt = 163_000  # size of an average image, for the estimate
 MAX_FILE_BYTES: PositiveInt = 500_000_000  # longer downloads are given up; COCO's table: 240 MB
 MAX_IMAGE_BYTES: PositiveInt = 50_000_000  # images with more are refused
@@ -69,44 +68,27 @@ MAX_FILE_PIXELS: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485  # wid
 
 # Output
 IMAGE_FOLDER: PathText = "coco_2014_caption"
-CSV_PATH: PathText = "coco-2024-dataset.csv"  # on the same drive as IMAGE_FOLDER
-CACHE_FOLDER: PathText = ".cache/coco_2014_caption"  # keeps the table; delete it to update
+CSV_PATH: PathText = "coco-2024-dataset.csv"
+TABLE_FOLDER: PathText = ".cache/coco_2014_caption"  # keeps the table; delete it to update
 
 # Preview
 PREVIEW_IMAGES: Few = 24
 PREVIEW_COLUMNS: Few = 6  # images side by side
-PREVIEW_WIDTH: Pixels = 256  # of an image, in pixels
-PREVIEW_HEIGHT: Pixels = 192
-PREVIEW_FONT_SIZE: Pixels = 16
+PREVIEW_WIDTH: PreviewPixels = 256  # of an image
+PREVIEW_HEIGHT: PreviewPixels = 192
+PREVIEW_FONT_SIZE: PreviewPixels = 16
 PREVIEW_LINES: Few = 3  # of a caption, which is cut after them
-# For Chinese captions, the first that is installed: of Windows, macOS, Linux
-FONTS: Annotated[list[PathText], Field(min_length=1)] = [
-    "msyh.ttc",
-    "simhei.ttf",
-    "PingFang.ttc",
-    "STHeiti Medium.ttc",
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-]
+# For Chinese captions, the first that is installed: of Windows, macOS, Linux, Linux
+FONTS: list[PathText] = ["msyh.ttc", "PingFang.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc"]
 
 # Sources
 MODELSCOPE_URL: Url = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
-# The loader script of the dataset names the table's address. It is read as text and never run.
-LOADER_PATH: Annotated[str, Field(pattern="^/")] = (
-    "/api/v1/datasets/modelscope/coco_2014_caption/repo"
-    "?Revision=master&FilePath=coco_2014_caption.py"
-)
-# Tried next: where the table was found before, newest first
+# Where the table was found before, newest first: if ModelScope doesn't say where it is
 TABLE_URLS: Annotated[list[Url], Field(min_length=1)] = [
     "https://modelscope.oss-cn-beijing.aliyuncs.com/open_data/coco_2014_caption/train2014.csv.zip",
     "http://xingchen-data.oss-cn-zhangjiakou.aliyuncs.com/coco/2014/train.csv.zip",
 ]
-# Tried last: COCO's own captions (240 MB), in another order
-ANNOTATIONS_URL: Url = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
-# Every image has two sources: the address in the table, and COCO's own host
-OFFICIAL_IMAGE_URL: ImageUrl = (
-    "http://images.cocodataset.org/train2014/COCO_train2014_{image_id:012d}.jpg"
-)
+COCO_URL: Url = "http://images.cocodataset.org"  # asked last: the same images and captions
 
 # Network
 DOWNLOAD_THREADS: Threads = 16  # images downloaded at the same time
@@ -119,9 +101,16 @@ HOST_FAILURES: PositiveInt = 8  # in a row; then the other host is tried first
 MAX_FAILURES: PositiveInt = 32  # images in a row that no host has; then the script stops
 # --------------------------------------------------------------------------------------------------
 
-ANNOTATIONS = "annotations/captions_train2014.json"  # inside COCO's archive
-PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks4a": 1080, "socks5": 1080, "socks5h": 1080}
+# The dataset's loader script names the table's address. It is read as text and never run.
+LOADER = (
+    "/api/v1/datasets/modelscope/coco_2014_caption/repo"
+    "?Revision=master&FilePath=coco_2014_caption.py"
+)
+ANNOTATIONS = "annotations/captions_train2014.json"  # inside COCO's archive of 240 MB
+# Kinds of proxies, and the port where an address names none
+PROXY_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
 Content = TypeVar("Content")
+Reader = Callable[[Path], Content]  # of a downloaded file; raises BadFile if it is damaged
 
 
 class BadFile(Exception):
@@ -223,66 +212,40 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
             unfinished.unlink()
 
 
-# ---- Checks before the start
-
-
-def check_formats(names: list[str]) -> list[str]:
-    """Refuse formats that Pillow can't read, and the one that isn't safe."""
-    Image.init()  # else Pillow knows only the five commonest formats
-    # EPS is a program, which Pillow starts Ghostscript to run
-    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
-        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
-    return names
-
-
-def check_csv_path() -> None:
-    """Stop with one sentence if CSV_PATH is a folder or on another drive than the images."""
-    if os.path.isdir(CSV_PATH) or CSV_PATH.endswith(("/", os.sep)):
-        raise SystemExit(
-            f"CSV_PATH = {CSV_PATH!r} is a folder. Add a file name to it at the top of data2csv.py."
-        )
-    try:
-        image_folder_seen_from_csv()
-    except ValueError:  # os.path.relpath, on Windows
-        raise SystemExit(
-            f"No relative path leads from CSV_PATH = {CSV_PATH!r} to IMAGE_FOLDER = "
-            f"{IMAGE_FOLDER!r}. Put both on one drive at the top of data2csv.py."
-        ) from None
-
-
-@functools.cache
-def check_proxy(proxy: str) -> None:
-    """Stop with one sentence if a proxy is misspelt or can't be reached.
+@functools.cache  # thousands of images come from the same few hosts
+def check_proxy(url: str) -> str:
+    """Return which variables set the proxy for an address, and stop if that proxy can't work.
 
     The proxy itself is never shown, because it may contain a password.
     """
+    proxies = requests.utils.get_environ_proxies(url)
+    proxy = requests.utils.select_proxy(url, proxies)
+    if not proxy:
+        return ""
     names = [name for name in os.environ if name.lower().endswith("_proxy")]
     names = sorted(name for name in names if os.environ[name] == proxy)
     place = " and ".join(names) or "the settings of your system"
     try:
         parts = urllib3.util.parse_url(proxy)
-        usual_port = PORTS[parts.scheme or "http"]
-        if not parts.host:
-            raise ValueError("no host")
-        address = (parts.host.strip("[]"), parts.port or usual_port)
+        port = PROXY_PORTS[parts.scheme or "http"]
+        address = (parts.host.strip("[]"), parts.port or port)
         socket.create_connection(address, CONNECT_TIMEOUT).close()
-    except OSError as error:
+    # All but OSError: no such kind, host or port
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "misspelt"
         raise SystemExit(
-            f"The proxy in {place} can't be reached ({error.strerror or 'no answer'}). "
-            "Start it, or correct or delete the setting."
+            f"The proxy in {place} can't be used ({reason}). Write it as http://HOST:PORT or "
+            "socks5://HOST:PORT and start it, or delete the setting."
         ) from None
-    except (ValueError, KeyError):
-        raise SystemExit(
-            f"The proxy in {place} is misspelt. Write it as http://HOST:PORT or "
-            "socks5://HOST:PORT, or delete the setting."
-        ) from None
+    return place
 
 
-def remove_leftovers() -> None:
-    """Delete the unfinished images of runs that were killed. All other files are written anew."""
-    for leftover in Path(IMAGE_FOLDER).glob("[0-9]*.jpg.tmp"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+def shows_nothing(text: str) -> bool:
+    """Tell whether text is empty or has only blanks and characters that nobody sees."""
+    # Separators, controls and format characters (zero-width space, byte order mark).
+    # Not all of C: an emoji that is younger than Python counts as Cn.
+    kinds = map(unicodedata.category, text)
+    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
 
 
 # ---- Download
@@ -313,22 +276,14 @@ class Downloader:
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=DOWNLOAD_THREADS))
-        # Failures in a row. Threads may lose a count, which only delays the conclusion.
-        self.host_failures = Counter()
-        self.file_failures = 0
+        # Of each host, in a row. Threads may lose a count, which only delays the conclusion.
+        self.failures = Counter()
         self.stopping = threading.Event()  # set when the script gives up: downloads end early
 
-    def fetch(
-        self,
-        path: Path,
-        urls: Iterable[str],
-        read: Callable[[Path], Content],
-        label: str = "",
-    ) -> Content | None:
-        """Return read(path), downloading path first if it is missing or damaged.
+    def fetch(self, path: Path, urls: Iterable[str], read: Reader, label: str = "") -> Content:
+        """Return read(path), downloading path first if need be; None if no URL has a good file.
 
-        read raises BadFile for a damaged file, then the next URL is tried. If no URL has a good
-        one, the result is None. A label shows a progress bar.
+        A label shows a progress bar.
         """
         with contextlib.suppress(BadFile):
             return read(path)
@@ -336,48 +291,39 @@ class Downloader:
         problems = []
         try:
             for url in self.attempts(urls):
+                if self.stopping.is_set():
+                    return None
                 try:
                     self.download(url, unfinished, label)
                     content = read(unfinished)
                 # Every error of requests is an OSError; a full disk has become SystemExit
                 except (OSError, urllib3.exceptions.HTTPError, BadFile) as error:
                     problems.append(f"{url}: {error}")
-                    self.host_failures[host_of(url)] += 1
+                    self.failures[host_of(url)] += 1
                 else:
                     with explain_write_errors(path):
                         os.replace(unfinished, path)
-                    self.host_failures[host_of(url)] = self.file_failures = 0
+                    self.failures[host_of(url)] = 0
                     return content
         finally:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
         if not self.stopping.is_set():
             tqdm.write("\n  ".join([f"{path} could not be downloaded:", *problems]))
-        self.file_failures += 1
-        if self.file_failures >= MAX_FAILURES:
-            self.stopping.set()
         return None
 
     def attempts(self, urls: Iterable[str]) -> Iterator[str]:
         """Yield the URLs once per round, those of failing hosts last."""
         urls = dict.fromkeys(urls)  # without duplicates
-        failing_last = sorted(
-            urls, key=lambda url: self.host_failures[host_of(url)] >= HOST_FAILURES
-        )
+        failing_last = sorted(urls, key=lambda url: self.failures[host_of(url)] >= HOST_FAILURES)
         for number in range(ROUNDS):
             self.stopping.wait(number * BACKOFF)
-            for url in failing_last:
-                if self.stopping.is_set():
-                    return
-                yield url
+            yield from failing_last
 
     def download(self, url: str, path: Path, label: str) -> None:
-        """Write to path what a URL gives, exactly as it is served."""
+        """Write to path what a URL gives, exactly as it is served, unless it is large or slow."""
+        check_proxy(host_of(url))
         try:
-            proxies = requests.utils.get_environ_proxies(url)
-            proxy = requests.utils.select_proxy(url, proxies)
-            if proxy:
-                check_proxy(proxy)
             timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
             response = self.session.get(url, stream=True, timeout=timeout)
         except ValueError as error:  # what requests raises for a redirect to a malformed address
@@ -387,25 +333,19 @@ class Downloader:
             # urllib3's reading of Content-Length: None if it is missing or nonsense
             size = response.raw.length_remaining
             progress = tqdm(desc=label, total=size, unit="B", unit_scale=True, disable=not label)
+            start = time.monotonic()
             with progress, explain_write_errors(path), open(path, "wb") as file:
-                for piece in self.receive(response):
+                # read1 returns what has arrived; read would wait for all 64 KB of a trickle
+                while piece := response.raw.read1(1 << 16, decode_content=True):
                     file.write(piece)
                     progress.update(len(piece))
-
-    def receive(self, response: requests.Response) -> Iterator[bytes]:
-        """Yield an answer piece by piece, unless it is too large or too slow."""
-        received = 0
-        start = time.monotonic()
-        # read1 returns what has arrived; read would wait for all 64 KB of a trickle
-        while piece := response.raw.read1(1 << 16, decode_content=True):
-            yield piece
-            received += len(piece)
-            if received > MAX_FILE_BYTES:
-                raise BadFile(f"larger than MAX_FILE_BYTES, {MAX_FILE_BYTES:,} bytes")
-            if time.monotonic() - start > READ_TIMEOUT + received / MIN_SPEED:
-                raise BadFile(f"slower than MIN_SPEED, {MIN_SPEED:,} bytes per second")
-            if self.stopping.is_set():
-                raise BadFile("stopped")
+                    received = file.tell()
+                    if received > MAX_FILE_BYTES:
+                        raise BadFile(f"larger than MAX_FILE_BYTES, {MAX_FILE_BYTES:,} bytes")
+                    if time.monotonic() - start > READ_TIMEOUT + received / MIN_SPEED:
+                        raise BadFile(f"slower than MIN_SPEED, {MIN_SPEED:,} bytes per second")
+                    if self.stopping.is_set():
+                        raise BadFile("stopped")
 
 
 # ---- Table
@@ -413,16 +353,17 @@ class Downloader:
 
 def fetch_table(downloader: Downloader) -> dict[int, Entry]:
     """Return the caption table, from the first source that has it."""
-    path = Path(CACHE_FOLDER, "train_captions.zip")
-    table = downloader.fetch(path, find_table_urls(downloader), read_table, "table")
-    if table is None:  # a fetch of its own: all others get their second round before it
-        table = downloader.fetch(path, [ANNOTATIONS_URL], read_table, "table")
-    if table is None:
-        raise SystemExit(
-            "The caption table could not be downloaded from any source above. "
-            "Check your network and run again."
-        )
-    return table
+    path = Path(TABLE_FOLDER, "train_captions.zip")
+    annotations = f"{COCO_URL}/annotations/annotations_trainval2014.zip"
+    # COCO's own comes last: all others get their second round before it
+    for urls in (find_table_urls(downloader), [annotations]):
+        table = downloader.fetch(path, urls, read_table, "table")
+        if table:
+            return table
+    raise SystemExit(
+        "The caption table could not be downloaded from any source above. "
+        "Check your network and run again."
+    )
 
 
 def find_table_urls(downloader: Downloader) -> Iterator[str]:
@@ -430,20 +371,15 @@ def find_table_urls(downloader: Downloader) -> Iterator[str]:
 
     A generator asks nobody anything before its first value is used: not if the table is there.
     """
-    loader = Path(CACHE_FOLDER, "loader.py")
-    with contextlib.suppress(OSError):
-        loader.unlink()  # it may have changed
-    loader_url = MODELSCOPE_URL.rstrip("/") + LOADER_PATH
-    yield from downloader.fetch(loader, [loader_url], read_loader) or []
+    loader = Path(TABLE_FOLDER, "loader.py")
+    loader.unlink(missing_ok=True)  # it may have changed
+    yield from downloader.fetch(loader, [MODELSCOPE_URL.rstrip("/") + LOADER], read_loader) or []
     yield from TABLE_URLS
 
 
 def read_loader(path: Path) -> list[str]:
     """Return the addresses of the table in the loader script."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"{type(error).__name__}: {error}") from error
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     urls = re.findall(r"https?://[^\"'\s]*train[^\"'\s]*\.csv\.zip", text)
     if not urls:
         raise BadFile("it names no table; is this network behind a login page?")
@@ -458,17 +394,17 @@ def read_table(path: Path) -> dict[int, Entry]:
     table = {}
     empty = 0
     try:
-        for row in read_rows(path, find_member(path)):
+        for row in read_records(*unpack(path)):
             image_id = str(row["image_id"])
             if not re.fullmatch(r"[0-9]{1,12}", image_id):  # it becomes a file name
                 raise SystemExit(f"{path} has the image_id {image_id!r}, which is not a number.")
+            image_id = int(image_id)
             caption = clean_caption(row["caption"])
             if not caption:
                 empty += 1
                 continue
-            image_id = int(image_id)
             if image_id not in table:
-                official = OFFICIAL_IMAGE_URL.format(image_id=image_id)
+                official = f"{COCO_URL}/train2014/COCO_train2014_{image_id:012d}.jpg"
                 table[image_id] = Entry([row.get("image") or official, official], [])
             table[image_id].captions.append(caption)
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
@@ -479,47 +415,37 @@ def read_table(path: Path) -> dict[int, Entry]:
     return table
 
 
-def find_member(path: Path) -> str:
-    """Return the name of the table in an archive after reading it to its checksum."""
+def unpack(path: Path) -> tuple[str, bytes]:
+    """Return name and content of the table in an archive, whose checksum is verified."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            name = max(members, key=lambda member: member.file_size).filename
+            name = max(archive.infolist(), key=lambda member: member.file_size).filename
             if ANNOTATIONS in archive.namelist():
                 name = ANNOTATIONS
-            with archive.open(name) as member:
-                while member.read(1 << 20):
-                    pass
+            return name, archive.read(name)
     # zipfile raises a dozen kinds of errors on damaged archives. No other code is inside the try.
     except Exception as error:
         raise BadFile(f"{type(error).__name__}: {error}") from error
-    return name
 
 
-def read_rows(path: Path, name: str) -> Iterator[dict]:
-    """Yield the rows of ModelScope's CSV or of COCO's JSON, without unpacking the archive."""
-    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
-        if name == ANNOTATIONS:
-            print("This is COCO's own table, in another order: other images come first.")
-            # Not json.load, which would keep the bytes (70 MB) until it is done
-            yield from json.loads(member.read()).get("annotations", [])
-            return
-        text = io.TextIOWrapper(member, encoding="utf-8-sig", newline="")
-        rows = csv.DictReader(text, restval="")
-        columns = rows.fieldnames or []
-        missing = sorted({"image_id", "caption", "image"}.difference(columns))
-        if columns and missing:
-            raise SystemExit(f"{path} has no column {missing}, only {columns}.")
-        yield from rows
+def read_records(name: str, content: bytes) -> Iterator[dict]:
+    """Yield the rows of ModelScope's CSV or of COCO's JSON."""
+    if name == ANNOTATIONS:
+        print("This is COCO's own table, in another order: other images come first.")
+        yield from json.loads(content).get("annotations", [])
+        return
+    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(text, restval="")
+    missing = sorted({"image_id", "caption", "image"}.difference(rows.fieldnames or []))
+    if rows.fieldnames and missing:
+        raise SystemExit(f"The table {name} has no column {missing}, only {rows.fieldnames}.")
+    yield from rows
 
 
 def clean_caption(text: str) -> str:
     """Return a caption with single spaces, or "" if nothing of it can be seen."""
     text = text.encode("utf-8", "ignore").decode("utf-8")  # half a surrogate pair fits in no file
-    # Z are separators; C are control and format characters, such as a zero-width space
-    if all(unicodedata.category(character)[0] in "ZC" for character in text):
-        return ""
-    return " ".join(text.split())
+    return "" if shows_nothing(text) else " ".join(text.split())
 
 
 # ---- Images
@@ -530,8 +456,8 @@ def image_path(image_id: int) -> Path:
     return Path(IMAGE_FOLDER, f"{image_id}.jpg")
 
 
-def plan_images(table: dict[int, Entry]) -> int:
-    """Return how many images to take, and say what is to be downloaded."""
+def count_wanted(table: dict[int, Entry]) -> int:
+    """Return how many images to take; stop if the disk has no room for those that are missing."""
     wanted = list(table)[:MAX_DATA_NUMBER]
     if len(wanted) < (MAX_DATA_NUMBER or 0):
         print(f"MAX_DATA_NUMBER is {MAX_DATA_NUMBER}, but the table has only {len(wanted)} images.")
@@ -552,9 +478,8 @@ def fetch_images(downloader: Downloader, table: dict[int, Entry], wanted: int) -
     candidates = iter(table)
     running = {}  # future: image_id
     fetched = set()
-    skipped = 0
-    progress = tqdm(total=wanted, unit="image")
-    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool, progress:
+    skipped = failures = 0
+    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool, tqdm(total=wanted, unit="image") as progress:
         try:
             while True:
                 # A failed image leaves room for the next of the table
@@ -570,10 +495,12 @@ def fetch_images(downloader: Downloader, table: dict[int, Entry], wanted: int) -
                     image_id = running.pop(future)
                     if future.result():
                         fetched.add(image_id)
+                        failures = 0
                         progress.update()
                     else:
                         skipped += 1
-                if downloader.stopping.is_set():
+                        failures += 1
+                if failures >= MAX_FAILURES:
                     raise SystemExit(
                         f"{MAX_FAILURES} images in a row could not be downloaded. "
                         "Check your network and run again."
@@ -594,47 +521,40 @@ def read_image(path: Path) -> bool:
     try:
         size = path.stat().st_size
         if size > MAX_IMAGE_BYTES:
-            raise BadFile(f"{size:,} bytes are more than MAX_IMAGE_BYTES")
+            raise ValueError(f"{size:,} bytes are more than MAX_IMAGE_BYTES")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_FILE_PIXELS:
-                raise BadFile(f"{image.width} x {image.height} pixels exceed MAX_FILE_PIXELS")
+                raise ValueError(f"{image.width} x {image.height} pixels exceed MAX_FILE_PIXELS")
             is_jpeg = image.format == "JPEG"
             image.draft("L", (1, 1))
             image.load()
         with open(path, "rb") as file:
             file.seek(max(0, size - 1024))
-            end = file.read()
-    except BadFile:
-        raise
+            # Half a JPEG followed by zeros decodes as well: only its end mark tells it is whole
+            if is_jpeg and b"\xff\xd9" not in file.read():
+                raise ValueError("its end is missing")
     # Pillow raises a dozen kinds of errors on damaged files. No other code is inside the try.
     except Exception as error:
         raise BadFile(f"{type(error).__name__}: {error}") from error
-    # Half a JPEG followed by zeros decodes as well: only its end mark tells that it is whole
-    if is_jpeg and b"\xff\xd9" not in end:
-        raise BadFile("its end is missing")
     return True
 
 
 # ---- CSV and preview
 
 
-def image_folder_seen_from_csv() -> str:
-    """Return the path from the CSV's folder to the images, with slashes on Windows as well."""
-    # "link/.." leads to the parent of what link points to: follow links before counting ".."
-    image_folder = Path(IMAGE_FOLDER).parent.resolve() / Path(IMAGE_FOLDER).name
-    return Path(os.path.relpath(image_folder, Path(CSV_PATH).parent.resolve())).as_posix()
-
-
 def write_csv(table: dict[int, Entry], chosen: list[int]) -> None:
-    """Write one row per caption."""
-    folder = image_folder_seen_from_csv()
+    """Write one row per caption, with the path of its image as seen from the CSV's folder."""
+    # "link/.." leads to the parent of what link points to: follow links before counting ".."
+    folder = Path(IMAGE_FOLDER).parent.resolve() / Path(IMAGE_FOLDER).name
+    with contextlib.suppress(ValueError):  # Windows: no relative path leads to another drive
+        folder = Path(os.path.relpath(folder, Path(CSV_PATH).parent.resolve()))
     count = 0
     with explain_write_errors(CSV_PATH), write_atomically(CSV_PATH) as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["image_path", "caption"])
         for image_id in chosen:
             captions = table[image_id].captions[:CAPTIONS_PER_IMAGE]
-            rows.writerows([f"{folder}/{image_id}.jpg", caption] for caption in captions)
+            rows.writerows([f"{folder.as_posix()}/{image_id}.jpg", text] for text in captions)
             count += len(captions)
     print(f"{count:,} captions are in {CSV_PATH}.")
 
@@ -653,7 +573,7 @@ def write_preview(table: dict[int, Entry], chosen: list[int]) -> None:
 
 def draw_preview(captions: dict[int, str]) -> Image.Image:
     """Draw the images on a sheet, each above its caption."""
-    font = find_font(captions.values())
+    font = find_font("".join(captions.values()))
     gap = PREVIEW_FONT_SIZE
     text_height = PREVIEW_LINES * PREVIEW_FONT_SIZE * 3 // 2
     column_width = PREVIEW_WIDTH + gap
@@ -674,10 +594,10 @@ def draw_preview(captions: dict[int, str]) -> Image.Image:
     return sheet
 
 
-def find_font(captions: Iterable[str]) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own font, or one of FONTS if a caption has Chinese in it."""
+def find_font(text: str) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own font, or one of FONTS if there is Chinese in the text."""
     # Chinese, Japanese and Korean characters and their punctuation
-    if re.search("[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef]", "".join(captions)):
+    if re.search("[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef]", text):
         for name in FONTS:
             with contextlib.suppress(OSError):
                 return ImageFont.truetype(name, PREVIEW_FONT_SIZE)
@@ -700,13 +620,15 @@ def main() -> None:
     prepare_console()
     handle_stop_signals(stop)
     check_constants()
-    check_csv_path()
-    for folder in (IMAGE_FOLDER, CACHE_FOLDER, Path(CSV_PATH).parent):
+    if os.path.isdir(CSV_PATH) or CSV_PATH.endswith(("/", os.sep)):
+        raise SystemExit(f"CSV_PATH = {CSV_PATH!r} is a folder. Add a file name to it.")
+    for folder in (IMAGE_FOLDER, TABLE_FOLDER, Path(CSV_PATH).parent):
         check_writable(folder)
-    remove_leftovers()
+    for leftover in Path(IMAGE_FOLDER).glob("[0-9]*.jpg.tmp"):  # of runs that were killed
+        leftover.unlink()
     downloader = Downloader()
     table = fetch_table(downloader)
-    wanted = plan_images(table)
+    wanted = count_wanted(table)
     chosen = fetch_images(downloader, table, wanted)
     if not chosen:
         raise SystemExit("Not one image could be downloaded, so no CSV was written.")

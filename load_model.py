@@ -2,18 +2,20 @@
 
 Reads   the model's files on ModelScope or Hugging Face.
 Writes  Qwen/Qwen2-VL-2B-Instruct/ (4.4 GB), and in it .complete.json with the SHA-256 of each file.
-Run     python load_model.py
+Run     python load_model.py; if interrupted, run it again to resume.
 Takes   6 minutes at 100 Mbit/s, and 5 GB of memory; 10 s and no network once all files are there.
 
-Stop it whenever you like: the next run resumes. The dense models of Qwen2-VL, Qwen2.5-VL and
-Qwen3-VL work: set MODEL_ID here, and MODEL_FOLDER in train.py.
+The dense models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL work: set MODEL_ID here, and MODEL_FOLDER in
+train.py.
 """
 
 import builtins
 import contextlib
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +32,6 @@ from pathlib import Path, PureWindowsPath
 from textwrap import shorten
 from types import FrameType
 from typing import IO, Annotated, Literal, NamedTuple, NoReturn, get_type_hints
-from urllib.parse import urlsplit
 
 # The clients of the two hubs read these while they are imported. Values set in the shell win.
 os.environ.setdefault("MODELSCOPE_DOWNLOAD_TIMEOUT", "30")  # seconds without a byte
@@ -45,6 +46,7 @@ import psutil
 import requests
 import socksio
 import torch
+import urllib3
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from PIL import Image, ImageOps
@@ -53,12 +55,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1)]
-Counts = Annotated[list[PositiveInt], Field(min_length=1)]
+# The rules of the constants; a lambda, because the function stands below them
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
-ModelId = Annotated[str, AfterValidator(lambda name: check_model_id(name))]
-ImageSide = Annotated[int, Field(ge=56, le=3584, multiple_of=28)]  # a token is 28 x 28 pixels
+ModelId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+Text = Annotated[str, Field(min_length=1)]
+Patterns = Annotated[list[Text], Field(min_length=1)]
+Counts = Annotated[list[PositiveInt], Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 # --------------------------------------------------------------------------------------------------
 # Download
@@ -68,29 +71,33 @@ MODEL_ID: ModelId = "Qwen/Qwen2-VL-2B-Instruct"  # owner/name, the same on both 
 REVISION: Text | None = None  # branch, tag or commit; None: the hub's default branch
 MODEL_FOLDER: PathText = MODEL_ID  # the files go here; the same as in train.py
 RECORD_FILE: Text = ".complete.json"  # in MODEL_FOLDER; delete it to look for a newer version
-CACHE_FOLDER: PathText = ".cache/load_model"  # locks: two runs must not write to one file
+LOCK_FOLDER: PathText = ".cache/load_model"  # two runs must not write to one file
 # Neither pickles nor code: loading them would run what is in them
-WANTED_FILES: Texts = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE"]
-DOWNLOAD_THREADS: PositiveInt = 4  # files at a time
+WANTED_FILES: Patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE"]
+FILE_THREADS: PositiveInt = 4  # files downloaded at the same time
+CONNECT_TIMEOUT: Seconds = 10.0  # of a proxy
+MAX_RETRIES: PositiveInt = 4  # in a row, of a file of which nothing arrives
 
 # A look at an image
 IMAGE_FOLDER: PathText = "coco_2014_caption"  # its first image is captioned, if there is a GPU
 QUESTION: Text = "Describe this image in one sentence."
+LARGEST_SIDE: PositiveInt = 640  # pixels; a photo of a camera would take gigabytes
+CAPTION_TOKENS: PositiveInt = 40  # a caption that does not end by itself is cut here
 
 # The training whose memory is estimated
-IMAGE_SIZE: ImageSide = 280  # side in pixels, as in train.py; (side / 28)^2 tokens
 BATCH_SIZES: Counts = [1, 2, 4, 8, 16]  # images per forward pass
-LORA_RANK: PositiveInt = 64  # as in train.py
+LORA_RANK: PositiveInt = 64  # width of the adapter, usually 8 to 64
+IMAGE_TOKENS: PositiveInt = 100  # per image: (IMAGE_SIZE / 28)^2 of train.py's IMAGE_SIZE = 280
 TEXT_TOKENS: PositiveInt = 26  # tokens around an image: chat template and question
 ANSWER_TOKENS: PositiveInt = 70  # tokens with a loss; COCO has five captions of about 14
 # --------------------------------------------------------------------------------------------------
 
 # Each model_type in config.json that works, and its name
-FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # What the name of a quantised model ends in: -AWQ, -GPTQ-Int4, -FP8, -unsloth-bnb-4bit, ...
 QUANTISED = re.compile(r"(-unsloth)?-(AWQ|GPTQ|FP8|NVFP4|MXFP4|bnb|Int[48]|[48]bit)\b.*$", re.I)
-# What both hubs' clients can use, and the port where an address names none
-PROXY_PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
+# Kinds of proxies, and the port where an address names none
+PROXY_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
 
 # ---- Shared with the other scripts
 
@@ -180,14 +187,35 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
             unfinished.unlink()
 
 
+@functools.cache  # thousands of images come from the same few hosts
+def check_proxy(url: str) -> str:
+    """Return which variables set the proxy for an address, and stop if that proxy can't work.
+
+    The proxy itself is never shown, because it may contain a password.
+    """
+    proxies = requests.utils.get_environ_proxies(url)
+    proxy = requests.utils.select_proxy(url, proxies)
+    if not proxy:
+        return ""
+    names = [name for name in os.environ if name.lower().endswith("_proxy")]
+    names = sorted(name for name in names if os.environ[name] == proxy)
+    place = " and ".join(names) or "the settings of your system"
+    try:
+        parts = urllib3.util.parse_url(proxy)
+        port = PROXY_PORTS[parts.scheme or "http"]
+        address = (parts.host.strip("[]"), parts.port or port)
+        socket.create_connection(address, CONNECT_TIMEOUT).close()
+    # All but OSError: no such kind, host or port
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "misspelt"
+        raise SystemExit(
+            f"The proxy in {place} can't be used ({reason}). Write it as http://HOST:PORT or "
+            "socks5://HOST:PORT and start it, or delete the setting."
+        ) from None
+    return place
+
+
 # ---- The hubs
-
-
-def check_model_id(name: str) -> str:
-    """Refuse text that can't be a model's name on a hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError('it should be owner/name, such as "Qwen/Qwen2-VL-7B-Instruct"')
-    return name
 
 
 class RemoteFile(NamedTuple):
@@ -203,6 +231,7 @@ class ModelScope:
     """What is asked of ModelScope. Its client resumes, retries and verifies by itself."""
 
     title = "ModelScope"
+    other = "huggingface"
     branch = "master"
     errors = (modelscope_hub.HubError, OSError)
 
@@ -226,7 +255,7 @@ class ModelScope:
             file.path,
             revision=self.revision,
             local_dir=MODEL_FOLDER,
-            cache_dir=CACHE_FOLDER,
+            cache_dir=LOCK_FOLDER,
             file_size=file.size,
             expected_sha256=file.sha256,
         )
@@ -239,13 +268,10 @@ class HuggingFace:
     """
 
     title = "Hugging Face"
+    other = "modelscope"
     branch = "main"
-    errors = (
-        httpx2.HTTPError,
-        huggingface_hub.errors.HFValidationError,
-        socksio.SOCKSError,
-        OSError,
-    )
+    refused = huggingface_hub.errors.HFValidationError
+    errors = (httpx2.HTTPError, socksio.SOCKSError, refused, OSError)
 
     def __init__(self) -> None:
         """Use the address in HF_ENDPOINT, or Hugging Face's own."""
@@ -257,27 +283,23 @@ class HuggingFace:
 
     def list_files(self) -> list[RemoteFile]:
         """Return all files of the repository."""
+        timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
         model = self.client.model_info(
-            MODEL_ID,
-            revision=self.revision,
-            files_metadata=True,
-            timeout=huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            MODEL_ID, revision=self.revision, files_metadata=True, timeout=timeout
         )
         # The files come from this commit, even if the branch moves on meanwhile
-        self.commit = model.sha or self.revision
+        self.commit = model.sha
         files = []
         for each in model.siblings:
-            if each.lfs:  # git LFS keeps large files, by their SHA-256
-                files.append(RemoteFile(each.rfilename, each.lfs.size, each.lfs.sha256))
-            else:
-                files.append(RemoteFile(each.rfilename, each.size, None, each.blob_id))
+            sha256 = each.lfs.sha256 if each.lfs else None  # git LFS keeps large files
+            files.append(RemoteFile(each.rfilename, each.size, sha256, each.blob_id))
         return files
 
     def download(self, file: RemoteFile) -> None:
-        """Download and verify one file; give up after four failures in a row without progress."""
+        """Download and verify one file; give up after MAX_RETRIES in a row without progress."""
         target = Path(MODEL_FOLDER, file.path)
         unfinished = Path(f"{target}.incomplete")
-        lock = Path(CACHE_FOLDER, f"{file.path}.lock")
+        lock = Path(LOCK_FOLDER, f"{file.path}.lock")
         for folder in (target.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
         failures = 0
@@ -287,12 +309,11 @@ class HuggingFace:
                 try:
                     self.receive(file, unfinished)
                     os.replace(unfinished, target)
-                    return
                 except (OSError, httpx2.ReadError) as error:
                     failures = 0 if file_size(unfinished) > before else failures + 1
-                    status = http_status(error)
                     # A full disk, or a file that isn't there, will be so the next time
-                    if failures == 4 or getattr(error, "errno", None) or (status and status < 500):
+                    lasting = getattr(error, "errno", None) or http_status(error) in range(400, 500)
+                    if lasting or failures == MAX_RETRIES:
                         raise
                     tqdm.write(f"{file.path} ({brief(error)}), retrying", file=sys.stderr)
                     time.sleep(failures)
@@ -334,32 +355,6 @@ def http_status(error: Exception) -> int | None:
     return getattr(error, "status_code", None) or getattr(response, "status_code", None)
 
 
-def check_proxy(url: str) -> str:
-    """Return which variable sets the proxy for an address, "" if none does.
-
-    Raise OSError if that proxy can't work: the clients' own errors don't say where it came from.
-    """
-    proxies = requests.utils.get_environ_proxies(url)
-    proxy = requests.utils.select_proxy(url, proxies)
-    if not proxy:
-        return ""
-    names = [
-        name for name, value in os.environ.items() if value == proxy and "proxy" in name.lower()
-    ]
-    source = " and ".join(names) or "the system's settings"
-    address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}"  # without a password
-    if address.scheme not in PROXY_PORTS or not address.hostname:
-        kinds = ", ".join(PROXY_PORTS)
-        raise OSError(f"the proxy {shown} in {source} should begin with one of {kinds}")
-    try:
-        port = address.port or PROXY_PORTS[address.scheme]
-        socket.create_connection((address.hostname, port), timeout=10).close()
-    except (OSError, ValueError) as error:  # ValueError: the port is not a number
-        raise OSError(f"the proxy {shown} in {source} doesn't answer ({brief(error)})") from None
-    return source
-
-
 def explain(hub: Hub, error: Exception, proxy: str) -> str:
     """Say why the hub gave no list of files, and what to change."""
     if http_status(error) in (401, 403, 404):
@@ -370,13 +365,8 @@ def explain(hub: Hub, error: Exception, proxy: str) -> str:
     way = f" through the proxy in {proxy}" if proxy else ""
     return (
         f"{hub.title} ({brief(hub.url)}) can't be reached{way}: {brief(error)}. Check the network "
-        f"and run again to resume, or set HUB = {other_hub()}."
+        f'and run again to resume, or set HUB = "{hub.other}".'
     )
-
-
-def other_hub() -> str:
-    """Return the value of HUB that may work where this one doesn't."""
-    return '"huggingface"' if HUB == "modelscope" else '"modelscope"'
 
 
 # ---- The files on the disk
@@ -392,30 +382,24 @@ def is_whole(path: Path, file: RemoteFile, bar: tqdm | None = None) -> bool:
     if not path.is_file() or file_size(path) != file.size:
         return False
     digest = hashlib.sha256()
-    expected = file.sha256
-    if not file.sha256 and file.git_sha1:
-        # git hashes a header and the content
+    if not file.sha256:  # git hashes a header and the content
         digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-        expected = file.git_sha1
     with open(path, "rb") as opened:
         while piece := opened.read(2**20):
             digest.update(piece)
             if bar is not None:
                 bar.update(len(piece))
-    return expected in (None, digest.hexdigest())
+    return (file.sha256 or file.git_sha1) in (None, digest.hexdigest())
 
 
-def find_damage(files: list[RemoteFile]) -> list[RemoteFile]:
+def find_damaged_files(files: list[RemoteFile]) -> list[RemoteFile]:
     """Return the files that MODEL_FOLDER lacks, or holds with another size or hash."""
-    damaged = []
-    total = sum(file_size(Path(MODEL_FOLDER, file.path)) for file in files)
+    paths = {file: Path(MODEL_FOLDER, file.path) for file in files}
+    total = sum(file_size(path) for path in paths.values())
     if total == 0:
         return files  # nothing is there yet
     with tqdm(total=total, desc=f"verifying {MODEL_FOLDER}", unit="B", unit_scale=True) as bar:
-        for file in files:
-            if not is_whole(Path(MODEL_FOLDER, file.path), file, bar):
-                damaged.append(file)
-    return damaged
+        return [file for file, path in paths.items() if not is_whole(path, file, bar)]
 
 
 def read_record() -> list[RemoteFile] | None:
@@ -424,10 +408,9 @@ def read_record() -> list[RemoteFile] | None:
         record = json.loads(Path(MODEL_FOLDER, RECORD_FILE).read_text(encoding="utf-8"))
         model, revision = record["model"], record["revision"]
         files = [RemoteFile(name, **entry) for name, entry in record["files"].items()]
-    except (FileNotFoundError, NotADirectoryError):
+    # Missing, or damaged: the hub is asked again
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
         return None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None  # a damaged record: the hub is asked again
     # The default branches of both hubs hold the same files
     revisions = [REVISION] if REVISION else [ModelScope.branch, HuggingFace.branch]
     if model != MODEL_ID or revision not in revisions:
@@ -466,37 +449,35 @@ def is_filled_by_hand() -> bool:
 
 def list_wanted(hub: Hub) -> list[RemoteFile]:
     """Return the repository's files that match WANTED_FILES; stop if one would leave the folder."""
-    print(f"Asking {hub.title} for the files of {MODEL_ID} ({hub.revision}).", flush=True)
-    wanted = {}
-    total = 0
+    print(f"Asking {hub.title} for the files of {MODEL_ID} ({hub.revision}).")
     try:
-        for file in hub.list_files():
-            path = PureWindowsPath(file.path)  # knows both slashes, and drives
-            # A folder that this script filled, and somebody uploaded, has a RECORD_FILE
-            if path.name == RECORD_FILE or not any(fnmatch(file.path, p) for p in WANTED_FILES):
-                continue
-            if path.anchor or ".." in path.parts:
-                raise SystemExit(f"{MODEL_ID} has {path}, which would land outside the folder.")
-            wanted[file.path] = file
-            total += file.size
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        if http_status(error) or isinstance(error, huggingface_hub.errors.HFValidationError):
-            raise  # the hub's own refusal, or its client's
+        files = hub.list_files()
+    except (json.JSONDecodeError, requests.JSONDecodeError):
         raise OSError("its answer is not a list of files. Is a login needed first?") from None
-    if "config.json" not in wanted:
+    wanted = []
+    for file in files:
+        path = PureWindowsPath(file.path)  # knows both slashes, and drives
+        # A folder that this script filled, and somebody uploaded, has a RECORD_FILE
+        if path.name == RECORD_FILE or not any(fnmatch(file.path, p) for p in WANTED_FILES):
+            continue
+        if path.anchor or ".." in path.parts:
+            raise SystemExit(f"{MODEL_ID} has {path}, which would land outside the folder.")
+        wanted.append(file)
+    if "config.json" not in [file.path for file in wanted]:
         raise SystemExit(
             f"{MODEL_ID} ({hub.revision}) has no config.json among WANTED_FILES, so it can't be "
             f"loaded. Check MODEL_ID, REVISION and WANTED_FILES."
         )
-    print(f"{len(wanted)} files, {total / 1e9:.2f} GB in all.", flush=True)
-    return list(wanted.values())
+    total = sum(file.size for file in wanted)
+    print(f"{len(wanted)} files, {total / 1e9:.2f} GB in all.")
+    return wanted
 
 
 def download(hub: Hub, wanted: list[RemoteFile]) -> None:
     """Download what is missing or differs, and record a whole folder."""
-    missing = find_damage(wanted)
+    missing = find_damaged_files(wanted)
     if missing:
-        for folder in (MODEL_FOLDER, CACHE_FOLDER):
+        for folder in (MODEL_FOLDER, LOCK_FOLDER):
             check_writable(folder)
         # A model that can't be trained is refused before its weights are downloaded
         fetch(hub, [file for file in missing if file.path == "config.json"])
@@ -504,16 +485,15 @@ def download(hub: Hub, wanted: list[RemoteFile]) -> None:
         check_space(missing)
         fetch(hub, missing)
     write_record(hub, wanted)
-    print(f"{MODEL_FOLDER} is complete: each file is as {hub.title} lists it.", flush=True)
+    print(f"{MODEL_FOLDER} is complete: each file is as {hub.title} lists it.")
 
 
 def check_space(missing: list[RemoteFile]) -> None:
     """Stop if the disk is too small for what is still to be downloaded."""
-    needed = 0
-    for file in missing:
-        needed += max(0, file.size - file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")))
+    parts = [file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")) for file in missing]
+    needed = max(0, sum(file.size for file in missing) - sum(parts))
     free = shutil.disk_usage(MODEL_FOLDER).free
-    print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.", flush=True)
+    print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.")
     if needed > free:
         raise SystemExit(
             f"Not enough disk space for {MODEL_FOLDER}: {needed / 1e9:.1f} GB are needed, "
@@ -523,52 +503,45 @@ def check_space(missing: list[RemoteFile]) -> None:
 
 def fetch(hub: Hub, files: list[RemoteFile]) -> None:
     """Download files side by side; stop with the reasons if some didn't arrive."""
-    with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
+    with ThreadPoolExecutor(FILE_THREADS) as pool:
         downloads = {file.path: pool.submit(hub.download, file) for file in files}
         # Without a timeout, Windows would tell the main thread of Ctrl-C only at the end
         while wait(downloads.values(), timeout=0.1).not_done:
             pass
     reasons = []
-    numbers = set()
+    advice = f'Run again to resume, or set HUB = "{hub.other}".'
     for path, one in downloads.items():
         try:
             one.result()
         except hub.errors as error:
             reasons.append(f"{path}: {brief(error)}")
-            numbers.add(getattr(error, "errno", None))
-    if not reasons:
-        return
-    if numbers & {errno.ENOSPC, errno.EDQUOT}:
-        advice = "Free some space on the disk and run again to resume."
-    elif numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
-        advice = "Check the permissions of MODEL_FOLDER and CACHE_FOLDER and run again to resume."
-    else:
-        advice = f"Run again to resume, or set HUB = {other_hub()}."
-    raise SystemExit(
-        f"{len(reasons)} of {len(files)} files didn't arrive. {advice} {'; '.join(reasons)}"
-    )
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                advice = "Free some space on the disk and run again to resume."
+    if reasons:
+        raise SystemExit(
+            f"{len(reasons)} of {len(files)} files didn't arrive. {advice} {'; '.join(reasons)}"
+        )
 
 
 def ensure_model() -> None:
     """Leave a whole model in MODEL_FOLDER, without a request if it is there already."""
     recorded = read_record()
-    damaged = find_damage(recorded) if recorded else []
+    damaged = find_damaged_files(recorded) if recorded else []
     if recorded and not damaged:
-        print(f"{MODEL_FOLDER} is complete, and no network is used.", flush=True)
+        print(f"{MODEL_FOLDER} is complete, and no network is used.")
         return
     if damaged:
         names = ", ".join(file.path for file in damaged)
-        print(f"Missing or altered, and downloaded again: {names}", flush=True)
+        print(f"Missing or altered, and downloaded again: {names}")
     hub = ModelScope() if HUB == "modelscope" else HuggingFace()
-    proxy = ""
+    proxy = check_proxy(hub.url)
     try:
-        proxy = check_proxy(hub.url)
         wanted = list_wanted(hub)
     except hub.errors as error:
         problem = explain(hub, error, proxy)
         if damaged or not is_filled_by_hand():
             raise SystemExit(problem) from None
-        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}", flush=True)
+        print(f"NOT VERIFIED, {MODEL_FOLDER} is tried as it is. {problem}")
         return
     download(hub, wanted)
 
@@ -587,17 +560,15 @@ def check_config() -> None:
         raise SystemExit(f"{path} is damaged. Delete it and run again to download it.") from None
     if quantised:
         plain = QUANTISED.sub("", MODEL_ID)
-        instead = "the model that it was made from"
-        if plain != MODEL_ID:
-            instead = f'MODEL_ID = "{plain}"'
+        instead = f'MODEL_ID = "{plain}"' if plain != MODEL_ID else "the one it was made from"
         raise SystemExit(
             f"{MODEL_ID} is quantised and can't be trained. Take {instead}, and set "
             f"LOAD_IN_4BIT = True in train.py if the GPU has too little memory for it."
         )
-    if kind not in FAMILIES:
+    if kind not in SUPPORTED_MODELS:
         raise SystemExit(
             f"{MODEL_FOLDER} holds a model of type {kind}. Dense models of "
-            f"{', '.join(FAMILIES.values())} work: change MODEL_ID and MODEL_FOLDER."
+            f"{', '.join(SUPPORTED_MODELS.values())} work: change MODEL_ID and MODEL_FOLDER."
         )
 
 
@@ -618,7 +589,7 @@ def load() -> PreTrainedModel:
             size += os.fstat(file.fileno()).st_size
     free = psutil.virtual_memory().available
     # A system that runs out of memory ends the script without a word
-    print(f"Loading {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free.", flush=True)
+    print(f"Loading {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free.")
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             MODEL_FOLDER,
@@ -662,36 +633,28 @@ def print_parts(model: PreTrainedModel) -> None:
         print(f"{part:36}{count:>15,} parameters")
     libraries = ("torch", "transformers", "peft", "modelscope", "huggingface_hub")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    print(f"{model.dtype}, every weight in its place; {versions}", flush=True)
+    print(f"{model.dtype}, every weight in its place; {versions}")
 
 
 # ---- The memory that a training needs
 
 BYTES_PER_WEIGHT = 2  # frozen, in bfloat16
 BYTES_IN_4_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # nf4: 64 weights share a scale, 256 scales another
-BYTES_PER_TRAINED = 16  # in float32: weight, gradient, and the two numbers of Adam
-BYTES_PER_LOGIT = 14  # in bfloat16, then in float32: upcast, softmax and gradient
-# What a layer keeps of a token for the backward pass, counted on a CPU
-KEPT_PER_HIDDEN = 52  # bytes for each number of its vector; LoRA's dropout is the largest part
-KEPT_PER_INTERMEDIATE = 12  # bytes for each number inside the MLP
+BYTES_PER_TRAINED = 18  # weight, gradient and the two numbers of Adam in float32, a bfloat16 copy
+BYTES_PER_LOGIT = 11  # in bfloat16 and float32, at the peak of the loss
+# What a layer keeps of a token for the backward pass. Fitted to counts by bench.py --memory.
+KEPT_PER_HIDDEN = 34  # bytes for each number of its vector
+KEPT_PER_INTERMEDIATE = 9  # bytes for each number inside the MLP
 KEPT_PER_RANK = 14  # bytes for each rank of LoRA: seven inner vectors in bfloat16
 KEPT_OF_INPUT = 2  # bytes for each number of its vector, where checkpointing keeps only that
+RECOMPUTED = 1.3  # what one layer takes while it is computed again, in layers that are kept
 
-
-class Setting(NamedTuple):
-    """Two constants of train.py on which the memory depends."""
-
-    title: str
-    checkpointing: bool
-    four_bits: bool
-
-
-SETTINGS = [
-    Setting("checkpointing", checkpointing=True, four_bits=False),
-    Setting("no checkpointing", checkpointing=False, four_bits=False),
-    Setting("4 bits, checkpointing", checkpointing=True, four_bits=True),
-    Setting("4 bits", checkpointing=False, four_bits=True),
-]
+SETTINGS = {  # of train.py: (checkpointing, four_bits)
+    "checkpointing": (True, False),
+    "no checkpointing": (False, False),
+    "4 bits, checkpointing": (True, True),
+    "4 bits": (False, True),
+}
 
 
 def training_memory(
@@ -714,53 +677,44 @@ def training_memory(
     weights = BYTES_PER_WEIGHT * (frozen - shrunk) + BYTES_IN_4_BIT * shrunk
     adapter = BYTES_PER_TRAINED * trained
 
-    tokens = batch_size * (TEXT_TOKENS + (IMAGE_SIZE // 28) ** 2 + ANSWER_TOKENS)
+    length = TEXT_TOKENS + IMAGE_TOKENS + ANSWER_TOKENS
+    tokens = batch_size * 8 * math.ceil(length / 8)  # train.py pads rows to a multiple of 8
     layer = (
         KEPT_PER_HIDDEN * text.hidden_size
         + KEPT_PER_INTERMEDIATE * text.intermediate_size
         + KEPT_PER_RANK * LORA_RANK
     )
-    activations = tokens * text.num_hidden_layers * layer
-    if checkpointing:  # inputs of all layers, and the one layer that is just computed again
-        inputs = text.num_hidden_layers * KEPT_OF_INPUT * text.hidden_size
-        activations = tokens * (inputs + layer)
-
     # Only where there is a label
     logits = BYTES_PER_LOGIT * batch_size * ANSWER_TOKENS * text.vocab_size
-    return (weights + adapter + activations + logits) / 2**30
-
-
-def free_gpu_memory() -> float | None:
-    """Return the GiB that are free on the GPU, None if there is no GPU that can be used."""
-    if not torch.cuda.is_available():
-        print("There is no CUDA GPU to compare this with.")
-        return None
-    try:
-        return torch.cuda.mem_get_info()[0] / 2**30
-    except RuntimeError as error:  # as where another process has the GPU for itself
-        print(f"The GPU can't be used: {brief(error)}")
-        return None
+    activations = tokens * text.num_hidden_layers * layer + logits
+    if checkpointing:  # the peak is either at the loss, or where a layer is computed again
+        inputs = tokens * text.num_hidden_layers * KEPT_OF_INPUT * text.hidden_size
+        activations = inputs + max(logits, RECOMPUTED * tokens * layer)
+    return (weights + adapter + activations) / 2**30
 
 
 def print_memory(model: PreTrainedModel) -> None:
     """Print what a training needs, and the largest batch size that fits the GPU at hand."""
-    print(f"\nGiB that a training needs (estimate; LoRA rank {LORA_RANK}, {IMAGE_SIZE} pixels):")
-    print("batch size | " + " | ".join(f"{setting.title:>21}" for setting in SETTINGS))
+    length = f"{IMAGE_TOKENS} + {TEXT_TOKENS} + {ANSWER_TOKENS} tokens per image"
+    print(f"\nGiB that a training needs (estimate; LoRA rank {LORA_RANK}, {length}):")
+    print("batch size | " + " | ".join(f"{title:>21}" for title in SETTINGS))
     needed = {}
-    for batch_size in sorted(BATCH_SIZES):
-        for setting in SETTINGS:
-            needed[batch_size, setting] = training_memory(
-                model, batch_size, setting.checkpointing, setting.four_bits
-            )
-        cells = " | ".join(f"{needed[batch_size, setting]:21.1f}" for setting in SETTINGS)
-        print(f"{batch_size:10} | {cells}")
-    free = free_gpu_memory()
-    if free is None:
+    for size in sorted(BATCH_SIZES):
+        for title, setting in SETTINGS.items():
+            needed[size, title] = training_memory(model, size, *setting)
+        print(f"{size:10} | " + " | ".join(f"{needed[size, title]:21.1f}" for title in SETTINGS))
+    if not torch.cuda.is_available():
+        print("There is no CUDA GPU to compare this with.")
+        return
+    try:
+        free = torch.cuda.mem_get_info()[0] / 2**30
+    except RuntimeError as error:  # as where another process has the GPU for itself
+        print(f"The GPU can't be used: {brief(error)}")
         return
     print(f"{free:.1f} GiB are free on this GPU. The largest batch size that fits:")
-    for setting in SETTINGS:
-        fitting = [size for size in BATCH_SIZES if needed[size, setting] <= free]
-        print(f"{setting.title:>21}: {max(fitting, default='none')}")
+    for title in SETTINGS:
+        fitting = [size for size in BATCH_SIZES if needed[size, title] <= free]
+        print(f"{title:>21}: {max(fitting, default='none')}")
 
 
 # ---- A look at an image
@@ -771,7 +725,7 @@ def caption(model: PreTrainedModel, path: Path) -> str:
     processor = AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGB")
-    image.thumbnail((640, 640))  # a photo of a camera would take gigabytes
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -779,7 +733,7 @@ def caption(model: PreTrainedModel, path: Path) -> str:
     inputs = processor(text=[prompt], images=[image], return_tensors="pt").to(model.device)
     # The checkpoint brings settings for sampling, which greedy search doesn't have
     sampling = dict.fromkeys(("temperature", "top_p", "top_k"))
-    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, **sampling)
+    tokens = model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False, **sampling)
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return processor.decode(answer, skip_special_tokens=True).strip()
 

@@ -77,7 +77,8 @@ from transformers import TrainingArguments as Arguments
 
 PathText = Annotated[str, AfterValidator(lambda path: check_path(path))]
 Texts = Annotated[list[str], Field(min_length=1)]
-ImageFormats = Annotated[list[str], AfterValidator(lambda names: check_formats(names))]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"]
+ImageFormats = Annotated[list[Format], Field(min_length=1)]
 QuestionText = Annotated[str, AfterValidator(lambda text: check_question(text))]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, lt=1e6)]
@@ -182,15 +183,6 @@ def check_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_formats(names: list[str]) -> list[str]:
-    """Refuse formats that Pillow can't read, and the one that isn't safe."""
-    Image.init()  # else Pillow knows only the five commonest formats
-    # EPS is a program, which Pillow starts Ghostscript to run
-    if not names or not set(names) <= set(Image.OPEN) - {"EPS"}:
-        raise ValueError('it should have names that Pillow reads itself, such as "JPEG" for .jpg')
-    return names
-
-
 def check_constants() -> None:
     """Stop with one sentence if a constant at the top has an impossible value."""
     script = sys.modules[__name__]
@@ -267,6 +259,22 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 # ---- The run: what made it, and where it stopped -------------------------------------------------
+
+
+@contextlib.contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Stop with one sentence if a file can't be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's writer of archives says it by a RuntimeError
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise SystemExit(
+            f"{OUTPUT_FOLDER} can't be written ({reason}). The checkpoints before are kept. Free "
+            "some space, and run again to resume."
+        ) from None
 
 
 def describe_run() -> dict:
@@ -904,6 +912,7 @@ def load_tables() -> datasets.DatasetDict | None:
         return None  # missing or damaged: made anew
 
 
+@explain_full_disk()
 def save_tables(training: list[Example], test: list[Example]) -> None:
     """Write the tables to disk, from where they are read without filling the memory."""
     folder, unfinished = Path(OUTPUT_FOLDER) / "table", Path(OUTPUT_FOLDER) / "table.tmp"
@@ -2046,10 +2055,11 @@ class HeaviestPass(transformers.TrainerCallback):
             # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
             if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
                 return best, checkpointing
+        recompute = "" if checkpointing else "set GRADIENT_CHECKPOINTING = True, "
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
-            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), lower "
-            "BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
+            "are free on the GPU. Close other programs that use it (nvidia-smi lists them), "
+            f"{recompute}lower BATCH_SIZE, IMAGE_SIZE or MAX_LENGTH, or set LOAD_IN_4BIT = True."
         )
 
     def largest_that_fits(self, sizes: list[int], limit: float) -> int:
@@ -2271,6 +2281,7 @@ class CaptionTrainer(transformers.Trainer):
         )
         return metrics
 
+    @explain_full_disk()
     def keep_adapter(self) -> None:
         """Keep the adapter and its results in OUTPUT_FOLDER/kept, if KEEP wants this one."""
         epoch_ended = self.state.global_step and float(self.state.epoch).is_integer()
@@ -2299,6 +2310,7 @@ class CaptionTrainer(transformers.Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
 
+    @explain_full_disk()
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401
         """Write a checkpoint to the disk, and only then delete the oldest one."""
         self.check_room(checkpoints=1)
@@ -2678,7 +2690,7 @@ def read_requests() -> list[Request]:
         files = sorted(path for path in source.iterdir() if path.suffix.lower() in known)
         wanted = [Request(path.as_posix(), os.path.abspath(path), "") for path in files]
     elif source.suffix.lower() == ".csv":
-        wanted = read_rows(source)
+        wanted = read_csv_requests(source)
     else:
         wanted = [Request(CAPTION, os.path.abspath(source), "")]
     if not wanted:
@@ -2686,7 +2698,7 @@ def read_requests() -> list[Request]:
     return wanted
 
 
-def read_rows(source: Path) -> list[Request]:
+def read_csv_requests(source: Path) -> list[Request]:
     """Return the images and questions that a CSV names, relative to its folder."""
     rows = read_csv(source)
     if rows and "image_path" not in rows[0]:
@@ -2999,6 +3011,7 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         finish_swanlab(sys.exception())
 
 
+@explain_full_disk()
 def save_result(trainer: CaptionTrainer) -> None:
     """Copy what was kept to OUTPUT_FOLDER, and show it if it was not the last evaluation."""
     kept = Path(OUTPUT_FOLDER) / "kept"

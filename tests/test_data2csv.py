@@ -274,8 +274,7 @@ def test_image_cut_once(hub, folder):
         cut_short(handler)
 
     hub.faults[path] = cut_once
-    constants = {"OFFICIAL_IMAGE_URL": hub.url + "/nothing/{image_id}", "BACKOFF": 0}
-    run = data2csv(hub, folder, **constants)
+    run = data2csv(hub, folder, COCO_URL=hub.url + "/nothing", BACKOFF=0)
     assert run.returncode == 0 and "0 skipped" in run.stdout
     assert hub.requests.count(path) == 2
 
@@ -311,9 +310,8 @@ def test_host_that_is_down_is_asked_last(tmp_path, folder):
     rows = [(f"images/{number}.jpg", "a caption") for number in range(1, 101)]
     with Hub(write_pictures(tmp_path / "many", rows, size=(16, 16))) as hub:
         hub.faults[FIRST_HOST] = status(404)
-        official = hub.constants("data2csv.py")["OFFICIAL_IMAGE_URL"]
-        second_host = official.replace("127.0.0.1", "localhost")
-        run = data2csv(hub, folder, OFFICIAL_IMAGE_URL=second_host, DOWNLOAD_THREADS=4)
+        second_host = hub.url.replace("127.0.0.1", "localhost")
+        run = data2csv(hub, folder, COCO_URL=second_host, DOWNLOAD_THREADS=4)
         assert run.returncode == 0
         assert "100 images are there, 0 skipped" in run.stdout
         assert sum(path.startswith(FIRST_HOST) for path in hub.requests) < 20
@@ -334,7 +332,7 @@ def test_one_connection_per_thread(hub, script, tmp_path, monkeypatch):
     hub.faults[OFFICIAL_HOST] = answer
     script.DOWNLOAD_THREADS = 20
     downloader = script.Downloader()
-    url = hub.constants("data2csv.py")["OFFICIAL_IMAGE_URL"].format(image_id=57870)
+    url = f"{hub.url}{OFFICIAL_HOST}COCO_train2014_{57870:012d}.jpg"
     paths = [tmp_path / f"{number}.jpg" for number in range(60)]
     with ThreadPoolExecutor(20) as pool:
         for wave in (paths[:20], paths[20:40], paths[40:]):
@@ -362,8 +360,8 @@ def test_every_constant_is_checked(script):
         "BACKOFF": [0, 1.5],
         "IMAGE_FOLDER": ["http"],
         "CSV_PATH": ["http"],
-        "CACHE_FOLDER": ["http"],
-        "FONTS": [["x"]],
+        "TABLE_FOLDER": ["http"],
+        "FONTS": [[], ["x"]],
     }
     for name in names:
         good = getattr(script, name)
@@ -386,8 +384,7 @@ def test_every_constant_is_checked(script):
         ("IMAGE_FORMATS", ["JPG"]),
         ("IMAGE_FORMATS", ["JPEG", "EPS"]),
         ("IMAGE_FOLDER", "e:\new"),
-        ("OFFICIAL_IMAGE_URL", "http://x/always_the_same.jpg"),
-        ("OFFICIAL_IMAGE_URL", "http://x/{image_id}{size}.jpg"),
+        ("COCO_URL", "images.cocodataset.org"),
         ("MODELSCOPE_URL", "modelscope.cn"),
         ("TABLE_URLS", ["not an address"]),
         ("DOWNLOAD_THREADS", 1_000_000),
@@ -405,7 +402,7 @@ def test_home_in_paths(hub, folder, tmp_path):
     constants = {
         "IMAGE_FOLDER": "~/images",
         "CSV_PATH": "~/lists/all.csv",
-        "CACHE_FOLDER": "~/cache",
+        "TABLE_FOLDER": "~/cache",
     }
     env = {"HOME": str(home), "USERPROFILE": str(home)}
     assert data2csv(hub, folder, env=env, **constants).returncode == 0

@@ -116,8 +116,8 @@ each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A hub with 100 images, one caption each, and what an undisturbed run leaves of them."""
-    rows = [(f"images/{number}.jpg", f"caption {number}") for number in range(1, 101)]
+    """A hub with 40 images, one caption each, and what an undisturbed run leaves of them."""
+    rows = [(f"images/{number}.jpg", f"caption {number}") for number in range(1, 41)]
     with Hub(write_pictures(tmp_path_factory.mktemp("many") / "pictures", rows)) as hub:
         folder = tmp_path_factory.mktemp("undisturbed")
         run = data2csv(hub, folder)
@@ -182,7 +182,7 @@ def test_address_fault(many, folder, tmp_path, address):
         environment = {**many.environment(), "NETWORK_GUARD_LOG": str(tmp_path / "log")}
         for given in (
             {"TABLE_URLS": [address, many.url + TABLE]},
-            {"OFFICIAL_IMAGE_URL": address + "/{image_id}"},
+            {"COCO_URL": address},
         ):
             run = run_script("data2csv.py", folder, environment, **{**constants, **given})
             assert run.returncode == 0 and many.undisturbed == files(folder), (given, run.stderr)
@@ -190,7 +190,7 @@ def test_address_fault(many, folder, tmp_path, address):
         many.loader_script = loader
 
 
-@pytest.mark.parametrize("percent", [1, 30, 100])
+@pytest.mark.parametrize("percent", [3, 30, 100])
 @each_fault
 def test_image_fault(many, folder, fault, percent):
     """On one image, on some or on all of one host: the other host gives the same bytes of each."""
@@ -198,7 +198,7 @@ def test_image_fault(many, folder, fault, percent):
     run = data2csv(many, folder, fallbacks=True, **QUICK)
     assert run.returncode == 0, run.stderr
     assert many.undisturbed == files(folder)
-    assert len(image_requests(many)) <= 2 * 100
+    assert len(image_requests(many)) <= 2 * 40
 
 
 @pytest.mark.parametrize("fault", [zipped, nonsense_length], ids=["gzip", "length"])
@@ -207,7 +207,7 @@ def test_unusual_answers(many, folder, fault):
     many.faults = {TABLE: fault, FIRST_HOST: fault}
     run = data2csv(many, folder)
     assert run.returncode == 0 and many.undisturbed == files(folder), run.stderr
-    assert many.requests.count(TABLE) == 1 and len(image_requests(many)) == 100
+    assert many.requests.count(TABLE) == 1 and len(image_requests(many)) == 40
 
 
 def test_redirect_to_another_host(many, folder):
@@ -266,7 +266,7 @@ def test_everything_dead(many, folder):
 def test_misspelt_proxy(many, folder, variable, proxy):
     """A misspelt proxy is named by its variable, without its password, before anything is sent."""
     run = data2csv(many, folder, env={variable: proxy})
-    assert refusal(run).startswith(f"The proxy in {variable} is misspelt")
+    assert refusal(run).startswith(f"The proxy in {variable} can't be used (")
     assert "secret" not in run.stdout + run.stderr
     assert many.requests == []
 
@@ -278,7 +278,7 @@ def test_unreachable_proxy(many, folder, proxy):
     """A proxy that doesn't answer is named by its variables. Otherwise each source seems dead."""
     proxy = proxy.format(refused_address().rpartition(":")[2])
     run = data2csv(many, folder, env={"all_proxy": proxy, "http_proxy": proxy})
-    assert refusal(run).startswith("The proxy in all_proxy and http_proxy can't be reached")
+    assert refusal(run).startswith("The proxy in all_proxy and http_proxy can't be used (")
     assert "secret" not in run.stdout + run.stderr
     assert many.requests == []
 
@@ -307,14 +307,14 @@ def test_socks_proxy(many, folder, kind):
 @posix
 @pytest.mark.slow
 def test_killed_at_any_moment(many, tmp_path):
-    """After a kill at any of twenty moments, the next run ends as if nothing had been."""
+    """After a kill at any of ten moments, the next run ends as if nothing had been."""
     many.faults = {LOADER: late(0.2), TABLE: drip(pause=0.05, pieces=8), FIRST_HOST: late(0.05)}
     constants = {"DOWNLOAD_THREADS": 8}
     (tmp_path / "slow").mkdir()
     started = time.monotonic()
     data2csv(many, tmp_path / "slow", **constants)
     seconds = time.monotonic() - started
-    moments = [random.Random(number).uniform(0.1, seconds) for number in range(20)]
+    moments = [random.Random(number).uniform(0.1, seconds) for number in range(10)]
 
     def kill_and_finish(number: int) -> int:
         folder = tmp_path / str(number)
@@ -328,8 +328,8 @@ def test_killed_at_any_moment(many, tmp_path):
         return killed.returncode
 
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(kill_and_finish, range(20)))
-    assert codes.count(-signal.SIGKILL) >= 10, codes
+        codes = list(pool.map(kill_and_finish, range(10)))
+    assert codes.count(-signal.SIGKILL) >= 5, codes
 
 
 def start(hub: Hub, folder: Path, until: str, **options) -> subprocess.Popen:
@@ -473,7 +473,7 @@ def test_less_room_than_the_images_need(many, folder):
     assert image_requests(many) == []
 
 
-@pytest.mark.parametrize("name", ["IMAGE_FOLDER", "CACHE_FOLDER", "CSV_PATH"])
+@pytest.mark.parametrize("name", ["IMAGE_FOLDER", "TABLE_FOLDER", "CSV_PATH"])
 @pytest.mark.parametrize(
     "place",
     [
@@ -513,18 +513,20 @@ def test_csv_that_cannot_be_replaced(script, folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-def test_two_drives(script, monkeypatch):
-    """On Windows no relative path leads from one drive to another: refused before the download."""
+def test_two_drives(script, folder, monkeypatch):
+    """Images on another drive of Windows have absolute paths, as no relative path leads there."""
 
     def refuse(path, start):
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
 
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(os.path, "relpath", refuse)
-    with pytest.raises(SystemExit, match="^No relative path leads from CSV_PATH"):
-        script.check_csv_path()
+    script.write_csv({1: script.Entry([], ["a cat"])}, [1])
+    expected = (folder / "coco_2014_caption/1.jpg").as_posix()
+    assert read_csv(folder / "coco-2024-dataset.csv")[0]["image_path"] == expected
 
 
-@pytest.mark.parametrize("images_at", ["coco_2014_caption", "real/images", "e:/LLM/images"])
+@pytest.mark.parametrize("images_at", ["coco_2014_caption", "real/images"])
 @posix
 def test_csv_in_a_linked_folder(hub, folder, images_at):
     """Every row leads from the CSV to its image, also where the CSV's folder is a link."""
@@ -540,7 +542,7 @@ def test_csv_in_a_linked_folder(hub, folder, images_at):
 
 def test_all_in_one_folder(hub, folder):
     """Images, table and CSV may share the folder the user is in."""
-    constants = {"IMAGE_FOLDER": ".", "CACHE_FOLDER": ".", "CSV_PATH": "all.csv"}
+    constants = {"IMAGE_FOLDER": ".", "TABLE_FOLDER": ".", "CSV_PATH": "all.csv"}
     for _ in range(2):
         assert data2csv(hub, folder, **constants).returncode == 0
     assert read_csv(folder / "all.csv")[0]["image_path"] == "./57870.jpg"

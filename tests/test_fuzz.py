@@ -127,8 +127,7 @@ def shows_nothing(text: str) -> bool:
     return all(unicodedata.category(letter) in "Zs Zl Zp Cc Cf" for letter in text)
 
 
-@pytest.mark.slow
-@FUZZ
+@settings(FUZZ, max_examples=FUZZ.max_examples // 4)  # it takes longer than the others
 @given(st.lists(st.tuples(captions | harmless, captions | harmless), min_size=1, max_size=12))
 def test_text_through_csv2json(csv2json, fuzz_folder, rows):
     """Text arrives letter for letter or is refused. Otherwise captions change or get lost."""

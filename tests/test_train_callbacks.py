@@ -107,12 +107,15 @@ def logs_of(trainer, name: str) -> list[float]:
 # ---- The heaviest pass
 
 
-def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys):
-    """It is run in training mode, for both kinds of heavy batches, held-out ones included.
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_the_heaviest_pass_is_what_training_will_do(train, build, capsys, monkeypatch, kinds):
+    """It is run in training mode, for all kinds of heavy batches, held-out ones included.
 
     Nothing of it is left. Otherwise memory runs out in the middle of a night.
     """
     trainer = build()
+    chosen = train.heaviest
+    monkeypatch.setattr(train, "heaviest", lambda table, size: chosen(table, size)[:1] * kinds)
     seen = []
     layer = trainer.model.get_base_model().model.language_model.layers[0]
     hook = layer.register_forward_hook(
@@ -287,9 +290,12 @@ def test_no_more_is_tried_than_a_process_has_images(choosing):
 
 @pytest.mark.parametrize("constants", [{}, {"BATCH_SIZE": 8}, {"GRADIENT_CHECKPOINTING": False}])
 def test_a_pass_that_does_not_fit_at_all_is_one_sentence(choosing, constants):
-    """It says how much is free, and what to lower."""
-    with pytest.raises(SystemExit, match="does not fit into the 10.0 GiB that are free on the GPU"):
+    """It says how much is free, what to lower, and what is switched off."""
+    sentence = "does not fit into the 10.0 GiB that are free on the GPU"
+    with pytest.raises(SystemExit, match=sentence) as error:
         choosing(meter(9.5, 1, 0.1), constants)
+    off = constants.get("GRADIENT_CHECKPOINTING") is False
+    assert ("GRADIENT_CHECKPOINTING = True" in str(error.value)) == off
 
 
 def test_all_processes_choose_the_same(choosing):

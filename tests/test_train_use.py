@@ -11,17 +11,14 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import posix, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from support.fork_runner import HELD
 from support.page import Page
 from support.runs import OUTPUT, SMALL, another, copy_project, read_results, read_text
 from support.training import about, write_records
@@ -59,26 +56,15 @@ def same_weights(path: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def kill_train(train_runner, served) -> Callable:
-    """A function that starts train.py in a folder, and kills it where a condition is met."""
+    """A function that starts train.py in a folder, and kills it at a call of a function."""
 
-    def kill(folder: Path, met: Callable[[str], bool], hold: str = "", **constants) -> str:
-        """Return what was printed; the run stops at the function named by hold, if any."""
+    def kill(folder: Path, function: str, number: int = 1, **constants) -> None:
         environment = {"OMP_NUM_THREADS": "1", **served.environment()}
-        run = train_runner.start(folder, environment, hold=hold, **SMALL | constants)
-        while not met(read_text(run.err)):
-            time.sleep(0.005)
-            alive = psutil.Process(run.pid).status() != psutil.STATUS_ZOMBIE
-            assert alive, read_text(run.out) + read_text(run.err)
-        os.kill(run.pid, signal.SIGKILL)
-        done = train_runner.end(run)
+        at = (function, number, "SIGKILL")
+        done = train_runner.end(train_runner.start(folder, environment, at=at, **SMALL | constants))
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-        return done.stdout + done.stderr
 
     return kill
-
-
-def is_held(printed: str) -> bool:
-    return HELD in printed
 
 
 # ---- CAPTION
@@ -192,7 +178,7 @@ def test_killed_it_captions_the_rest(of_all_images, finished, run_train, kill_tr
     """Captions made before a kill are kept, and those of smaller batches are the same."""
     part = finished / OUTPUT / "captions.part"
     (finished / OUTPUT / "captions.csv").unlink()
-    kill_train(finished, lambda _: part.exists(), CAPTION=IMAGES, BATCH_SIZE=1)
+    kill_train(finished, "generate_captions", 3, CAPTION=IMAGES, BATCH_SIZE=1)
     kept = len(json.loads(part.read_text(encoding="utf-8")))
     assert 0 < kept < 31 and not (finished / OUTPUT / "captions.csv").exists()
     done = run_train(finished, CAPTION=IMAGES)
@@ -284,21 +270,20 @@ def test_a_merged_model_is_not_written_twice(merged, finished, run_train):
 
 
 @posix
-@pytest.mark.parametrize("moment", ["save_file", "prove_merged"])
+@pytest.mark.parametrize("moment", [("save_file", 2), ("prove_merged", 1)])
 def test_killed_while_it_merges_it_leaves_nothing_half(
     merged, finished, run_train, kill_train, tmp_path, moment
 ):
     """merged/ is there when it is whole and proven, and the next run writes it."""
     folder = copy_project(finished, tmp_path / "work", "merged", "swanlog")
-    kill_train(folder, is_held, hold=moment, SAVE_MERGED=True)
+    kill_train(folder, *moment, SAVE_MERGED=True)
     assert not (folder / OUTPUT / "merged").exists()
     assert (folder / OUTPUT / "merged.tmp").exists(), "the kill came inside"
-    if moment == "prove_merged":
-        done = run_train(folder, SAVE_MERGED=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert not (folder / OUTPUT / "merged.tmp").exists()
-        for path in (folder / OUTPUT / "merged").glob("*.safetensors"):
-            assert path.read_bytes() == (merged[0] / path.name).read_bytes()
+    done = run_train(folder, SAVE_MERGED=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (folder / OUTPUT / "merged.tmp").exists()
+    for path in (folder / OUTPUT / "merged").iterdir():
+        assert path.read_bytes() == (merged[0] / path.name).read_bytes()
 
 
 # ---- KEEP and TEST_JSON
@@ -345,7 +330,7 @@ def kept_best(own_test_set, run_train, kill_train, tmp_path_factory) -> tuple[Pa
     folder = copy_project(own_test_set, tmp_path_factory.mktemp("best") / "work")
     constants = {**WORSENS, "KEEP": "best", "KEEP_CHECKPOINTS": 1}
     if os.name == "posix":
-        kill_train(folder, is_held, hold="save_result", **constants)
+        kill_train(folder, "save_result", **constants)
         checkpoints = [path.name for path in (folder / OUTPUT).glob("checkpoint-*")]
         assert checkpoints == [f"checkpoint-{LAST}"]
         assert not (folder / OUTPUT / "results.json").exists()

@@ -19,7 +19,9 @@ The server reads one line of JSON for each job and answers with one. Windows has
 run is a process as any other, and `start` is not available.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -27,6 +29,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -37,6 +40,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 from conftest import TESTS, run_script, variables
 from support.launch import load
+from support.training import MODEL
 
 # Modules that read the environment while they are imported, below the script itself
 REREAD = ("modelscope_hub",)
@@ -55,6 +59,7 @@ class Runner:
 
     def __init__(self, script: str, environment: dict[str, str]):
         self.script = script
+        self.variables = dict(os.environ)
         if os.name == "nt":
             return
         self.process = subprocess.Popen(
@@ -89,12 +94,14 @@ class Runner:
         function, the number of its call, and a signal that it sends itself, or "full disk", which
         lasts for that call.
         """
+        # What a test has set since the server started
+        changed = dict(os.environ.items() - self.variables.items())
         out, err = work.with_name(f"{work.name}.out"), work.with_name(f"{work.name}.err")
         for path in (out, err):
             path.write_text("")  # else a test could read what the run before has printed
         pid = self.ask(
             cwd=str(work),
-            env=env,
+            env={**changed, **env},
             hold=hold,
             ignore=ignore,
             at=at,
@@ -121,12 +128,23 @@ class Runner:
             assert self.process.wait(10) == 0
 
 
+@functools.cache
+def shared_runner(script: str) -> Runner:
+    """The process that imported a script, for the tests of all modules; it ends with them."""
+    runner = Runner(script, {"PYTHONPATH": str(TESTS / "support/guard")})
+    atexit.register(runner.close)
+    return runner
+
+
 # The server
 
 
 def serve(script: str) -> None:
     """Answer the jobs on stdin, one line each."""
-    load(script, [])
+    module = load(script, [])
+    if script == "load_model.py":  # the first model that is loaded imports much
+        module.torch.set_num_threads(1)  # a fork has none of its parent's threads
+        module.AutoModelForImageTextToText.from_pretrained(MODEL)
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
@@ -163,7 +181,8 @@ def run(script: str, job: dict) -> int:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     for name in [name for name in sys.modules if name.partition(".")[0] in REREAD]:
         del sys.modules[name]
-    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    if "huggingface_hub" in sys.modules:
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
     try:
         constants = [f"{name}={json.dumps(value)}" for name, value in job["constants"].items()]
         module = load(script, constants)
@@ -180,6 +199,7 @@ def run(script: str, job: dict) -> int:
     except BaseException:
         code = 1
         traceback.print_exc()
+    threading._shutdown()  # wait for threads, as the interpreter does at its end
     sys.stdout.flush()
     sys.stderr.flush()
     return code

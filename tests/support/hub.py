@@ -159,8 +159,7 @@ class Hub:
             return {}
         return {
             "TABLE_URLS": [f"{self.url}{TABLE_FOLDER}/train2014.csv.zip", self.url + OLD_TABLE],
-            "ANNOTATIONS_URL": self.url + ANNOTATIONS,
-            "OFFICIAL_IMAGE_URL": self.url + "/train2014/COCO_train2014_{image_id:012d}.jpg",
+            "COCO_URL": self.url,
         }
 
     def refusals(self) -> list[str]:

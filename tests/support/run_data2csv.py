@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from conftest import run_script
+from support.fork_runner import shared_runner
 from support.hub import TABLE_FOLDER, Hub
 
 TABLE = f"{TABLE_FOLDER}/train2014.csv.zip"
@@ -24,7 +24,8 @@ def data2csv(
     """Run the script in `folder`; with `fallbacks`, the hub is also all sources but ModelScope."""
     if fallbacks:
         constants = {**hub.constants("data2csv.py"), "BACKOFF": 0, **constants}
-    return run_script("data2csv.py", folder, {**hub.environment(), **(env or {})}, **constants)
+    environment = {**hub.environment(), **(env or {})}
+    return shared_runner("data2csv.py")(folder, environment, **constants)
 
 
 def refusal(run: subprocess.CompletedProcess) -> str:
