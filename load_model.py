@@ -491,8 +491,10 @@ def download(hub: Hub, wanted: list[RemoteFile]) -> None:
 
 def check_space(missing: list[RemoteFile]) -> None:
     """Stop if the disk is too small for what is still to be downloaded."""
-    parts = [file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")) for file in missing]
-    needed = max(0, sum(file.size for file in missing) - sum(parts))
+    needed = 0
+    for file in missing:
+        arrived = file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete"))
+        needed += max(0, file.size - arrived)
     free = shutil.disk_usage(MODEL_FOLDER).free
     print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.")
     if needed > free:
