@@ -188,6 +188,20 @@ def test_killed_it_captions_the_rest(of_all_images, finished, run_train, kill_tr
     assert not part.exists()
 
 
+def test_a_table_that_can_not_be_replaced_costs_no_captions(of_all_images, finished, run_train):
+    """As when Excel has it open: it is named, and the next run only writes it."""
+    path = finished / OUTPUT / "captions.csv"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    done = run_train(finished, CAPTION=IMAGES)
+    path.rmdir()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "captions.csv can't be written (" in done.stderr
+    done = run_train(finished, CAPTION=IMAGES)
+    assert done.returncode == 0 and "Captions from" not in done.stderr
+    assert read_captions(finished) == of_all_images[0]
+
+
 # ---- SAVE_MERGED
 
 
