@@ -60,7 +60,7 @@ def seeing_model(train, whole_model):
     """The whole model, the first layer of its tower a matrix product as in the tower's pass."""
     visual = whole_model.get_base_model().model.visual
     convolution = visual.patch_embed
-    visual.patch_embed = train.LinearPatchEmbedding(convolution.proj).requires_grad_(False)
+    visual.patch_embed = train.as_matrix_product(convolution.proj).requires_grad_(False)
     yield whole_model
     visual.patch_embed = convolution
 
@@ -172,8 +172,9 @@ def tower_inputs(train, base, samples: list[dict]) -> tuple[torch.Tensor, torch.
 def test_the_patch_embedding_is_the_convolution(train, exact, whole_model, few):
     """As a matrix product the tower's first layer gives what its convolution gives."""
     pixels, _ = tower_inputs(train, exact, few)
+    pixels = pixels.to(exact.dtype)
     convolution = whole_model.get_base_model().model.visual.patch_embed
-    product = train.LinearPatchEmbedding(convolution.proj)
+    product = train.as_matrix_product(convolution.proj)
     expected = convolution(pixels)
     assert (product(pixels) - expected).abs().max() < 1e-12 * expected.abs().max()
 

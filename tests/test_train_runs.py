@@ -128,9 +128,9 @@ def test_the_report_shows_it_all_in_one_file(undisturbed):
     assert report.count("<svg") == 1
     assert not re.search(r"""<script|<link|(src|href)=["']?http""", report)
     drawn = re.findall(r"<!-- (.*?) -->", report)  # matplotlib notes here what it drew as outlines
-    curves = {"loss", "eval_loss", "eval_CIDEr", "eval_BLEU-4", "eval_ROUGE-L", "learning_rate"}
+    curves = {"loss", "held-out loss", "CIDEr", "BLEU-4", "ROUGE-L", "learning rate"}
     lengths = {"words per caption", "references", "base", "fine-tuned"}
-    assert curves | {"grad_norm"} | lengths <= set(drawn)
+    assert curves | {"grad norm"} | lengths <= set(drawn)
     settings = {"LEARNING_RATE": "0.01", "BATCH_SIZE": "2", "torch": torch.__version__}
     for name, value in settings.items():
         assert re.search(rf"<th>{name}</th>\s*<td>{re.escape(value)}</td>", report), name
