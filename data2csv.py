@@ -124,7 +124,7 @@ class Entry(NamedTuple):
     captions: list[str]
 
 
-# ---- Shared with the other scripts
+# ---- Shared with the other scripts ---------------------------------------------------------------
 
 
 def check_path(path: str) -> str:
@@ -248,7 +248,7 @@ def shows_nothing(text: str) -> bool:
     return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
 
 
-# ---- Download
+# ---- Download ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -280,7 +280,9 @@ class Downloader:
         self.failures = Counter()
         self.stopping = threading.Event()  # set when the script gives up: downloads end early
 
-    def fetch(self, path: Path, urls: Iterable[str], read: Reader, label: str = "") -> Content:
+    def fetch(
+        self, path: Path, urls: Iterable[str], read: Reader, label: str = ""
+    ) -> Content | None:
         """Return read(path), downloading path first if need be; None if no URL has a good file.
 
         A label shows a progress bar.
@@ -348,7 +350,7 @@ class Downloader:
                         raise BadFile("stopped")
 
 
-# ---- Table
+# ---- Table ---------------------------------------------------------------------------------------
 
 
 def fetch_table(downloader: Downloader) -> dict[int, Entry]:
@@ -448,7 +450,7 @@ def clean_caption(text: str) -> str:
     return "" if shows_nothing(text) else " ".join(text.split())
 
 
-# ---- Images
+# ---- Images --------------------------------------------------------------------------------------
 
 
 def image_path(image_id: int) -> Path:
@@ -530,16 +532,16 @@ def read_image(path: Path) -> bool:
             image.load()
         with open(path, "rb") as file:
             file.seek(max(0, size - 1024))
-            # Half a JPEG followed by zeros decodes as well: only its end mark tells it is whole
+            # Half a JPEG followed by zeros decodes as well: only its end mark shows it is whole
             if is_jpeg and b"\xff\xd9" not in file.read():
                 raise ValueError("its end is missing")
-    # Pillow raises a dozen kinds of errors on damaged files. No other code is inside the try.
+    # Pillow raises a dozen kinds of errors on damaged files
     except Exception as error:
         raise BadFile(f"{type(error).__name__}: {error}") from error
     return True
 
 
-# ---- CSV and preview
+# ---- CSV and preview -----------------------------------------------------------------------------
 
 
 def write_csv(table: dict[int, Entry], chosen: list[int]) -> None:

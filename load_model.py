@@ -47,6 +47,7 @@ import requests
 import socksio
 import torch
 import urllib3
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from PIL import Image, ImageOps
@@ -99,7 +100,7 @@ QUANTISED = re.compile(r"(-unsloth)?-(AWQ|GPTQ|FP8|NVFP4|MXFP4|bnb|Int[48]|[48]b
 # Kinds of proxies, and the port where an address names none
 PROXY_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
 
-# ---- Shared with the other scripts
+# ---- Shared with the other scripts ---------------------------------------------------------------
 
 
 def check_path(path: str) -> str:
@@ -215,7 +216,7 @@ def check_proxy(url: str) -> str:
     return place
 
 
-# ---- The hubs
+# ---- The hubs ------------------------------------------------------------------------------------
 
 
 class RemoteFile(NamedTuple):
@@ -270,8 +271,7 @@ class HuggingFace:
     title = "Hugging Face"
     other = "modelscope"
     branch = "main"
-    refused = huggingface_hub.errors.HFValidationError
-    errors = (httpx2.HTTPError, socksio.SOCKSError, refused, OSError)
+    errors = (httpx2.HTTPError, socksio.SOCKSError, HFValidationError, OSError)
 
     def __init__(self) -> None:
         """Use the address in HF_ENDPOINT, or Hugging Face's own."""
@@ -309,6 +309,7 @@ class HuggingFace:
                 try:
                     self.receive(file, unfinished)
                     os.replace(unfinished, target)
+                    return
                 except (OSError, httpx2.ReadError) as error:
                     failures = 0 if file_size(unfinished) > before else failures + 1
                     # A full disk, or a file that isn't there, will be so the next time
@@ -341,7 +342,7 @@ class HuggingFace:
 Hub = ModelScope | HuggingFace
 
 
-# ---- Words for errors
+# ---- Words for errors ----------------------------------------------------------------------------
 
 
 def brief(error: Exception | str) -> str:
@@ -369,7 +370,7 @@ def explain(hub: Hub, error: Exception, proxy: str) -> str:
     )
 
 
-# ---- The files on the disk
+# ---- The files on the disk -----------------------------------------------------------------------
 
 
 def file_size(path: Path) -> int:
@@ -436,7 +437,7 @@ def write_record(hub: Hub, files: list[RemoteFile]) -> None:
         print(f"Can't write {RECORD_FILE} ({error.strerror}): the next run asks the hub again.")
 
 
-# ---- Download
+# ---- Download ------------------------------------------------------------------------------------
 
 
 def is_filled_by_hand() -> bool:
@@ -490,8 +491,10 @@ def download(hub: Hub, wanted: list[RemoteFile]) -> None:
 
 def check_space(missing: list[RemoteFile]) -> None:
     """Stop if the disk is too small for what is still to be downloaded."""
-    parts = [file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete")) for file in missing]
-    needed = max(0, sum(file.size for file in missing) - sum(parts))
+    needed = 0
+    for file in missing:
+        arrived = file_size(Path(MODEL_FOLDER, f"{file.path}.incomplete"))
+        needed += max(0, file.size - arrived)
     free = shutil.disk_usage(MODEL_FOLDER).free
     print(f"{needed / 1e9:.2f} GB to download, {free / 1e9:.0f} GB free on the disk.")
     if needed > free:
@@ -546,7 +549,7 @@ def ensure_model() -> None:
     download(hub, wanted)
 
 
-# ---- The model
+# ---- The model -----------------------------------------------------------------------------------
 
 
 def check_config() -> None:
@@ -636,7 +639,7 @@ def print_parts(model: PreTrainedModel) -> None:
     print(f"{model.dtype}, every weight in its place; {versions}")
 
 
-# ---- The memory that a training needs
+# ---- The memory that a training needs ------------------------------------------------------------
 
 BYTES_PER_WEIGHT = 2  # frozen, in bfloat16
 BYTES_IN_4_BIT = 0.5 + 1 / 64 + 4 / 64 / 256  # nf4: 64 weights share a scale, 256 scales another
@@ -717,7 +720,7 @@ def print_memory(model: PreTrainedModel) -> None:
         print(f"{title:>21}: {max(fitting, default='none')}")
 
 
-# ---- A look at an image
+# ---- A look at an image --------------------------------------------------------------------------
 
 
 def caption(model: PreTrainedModel, path: Path) -> str:

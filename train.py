@@ -694,6 +694,10 @@ def shows_nothing(text: str) -> bool:
     return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
 
 
+# The tokenizer makes a number anew each time, 28 bytes: of a prompt's 137 tokens 100 are equal
+same_number = functools.cache(int)
+
+
 @functools.lru_cache(maxsize=1000)  # nearly all records ask the same question
 def encode_prompts(
     processor: transformers.ProcessorMixin, questions: tuple[str, ...]
@@ -712,7 +716,7 @@ def encode_prompts(
     *pieces, _ = processor.apply_chat_template(messages, tokenize=False).split(gap)
     encode = functools.partial(processor.tokenizer.encode, add_special_tokens=False)
     # <|im_end|> belongs to the answer before: the model has to learn to end it
-    return [encode(piece.removeprefix(END_OF_TURN)) for piece in pieces]
+    return [[*map(same_number, encode(piece.removeprefix(END_OF_TURN)))] for piece in pieces]
 
 
 def show_images(question: str, images: Iterable[ImageFile], base: Base) -> str:

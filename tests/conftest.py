@@ -100,7 +100,7 @@ def run_and_stop(
     return subprocess.CompletedProcess(run.args, run.returncode, *output)
 
 
-def write_pictures(
+def write_images(
     folder: Path, rows: list[tuple[str, str]], size: tuple[int, int] = (64, 48)
 ) -> Path:
     """Write a folder as the hub serves it: captions.csv with `rows`, one small JPEG per path."""
@@ -134,15 +134,15 @@ CAPTIONS = [
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def hub_folder(tmp_path: Path) -> Path:
     """Six small images, one with three captions and one with two, as quirky as the real text."""
-    return write_pictures(tmp_path / "pictures", CAPTIONS)
+    return write_images(tmp_path / "served", CAPTIONS)
 
 
 @pytest.fixture
-def hub(pictures: Path):
-    """A hub that serves `pictures`; at the end the guard must have had nothing to refuse."""
-    with Hub(pictures) as server:
+def hub(hub_folder: Path):
+    """A hub that serves hub_folder; at the end the guard must have had nothing to refuse."""
+    with Hub(hub_folder) as server:
         yield server
         assert server.refusals() == [], "a script tried to leave this machine"
 

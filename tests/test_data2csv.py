@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from conftest import CAPTIONS, command, posix, read_csv, variables, write_pictures
+from conftest import CAPTIONS, command, posix, read_csv, variables, write_images
 from support import launch
 from support.hub import ANNOTATIONS, OLD_TABLE, Hub, cut_short, html, status
 from support.run_data2csv import (
@@ -75,11 +75,11 @@ def test_images_and_captions_in_table_order(hub, folder):
     assert "\x1b[A" not in run.stderr, "two progress bars at a time"
 
 
-def test_bytes_as_served(hub, folder, pictures):
+def test_bytes_as_served(hub, folder, hub_folder):
     """Every file equals what the host served. Otherwise images lose quality."""
     assert data2csv(hub, folder).returncode == 0
     for file in images(folder):
-        served = (pictures / "images" / file.name).read_bytes()
+        served = (hub_folder / "images" / file.name).read_bytes()
         assert hashlib.sha256(file.read_bytes()).digest() == hashlib.sha256(served).digest()
     table = (folder / "coco-2024-dataset.csv").read_bytes()
     assert table.startswith(b"image_path,caption\ncoco_2014_caption/")
@@ -115,7 +115,7 @@ def test_empty_captions(tmp_path, folder):
         ("images/2.jpg", " "),
         ("images/3.jpg", "a cat"),
     ]
-    with Hub(write_pictures(tmp_path / "pictures", rows)) as hub:
+    with Hub(write_images(tmp_path / "served", rows)) as hub:
         run = data2csv(hub, folder, CSV_PATH="lists/all.csv")
         assert "2 images" in run.stdout and "2 empty captions" in run.stdout
     assert [tuple(row.values()) for row in read_csv(folder / "lists" / "all.csv")] == [
@@ -232,7 +232,7 @@ def test_no_table_anywhere(hub, folder):
 # Image hosts
 
 
-def test_truncated_file_of_an_earlier_kill(hub, folder, pictures):
+def test_truncated_file_of_an_earlier_kill(hub, folder, hub_folder):
     """An image cut in the middle is fetched again, though it opens with grey rows at its end."""
     data2csv(hub, folder)
     damaged = folder / "coco_2014_caption" / "69675.jpg"
@@ -240,7 +240,7 @@ def test_truncated_file_of_an_earlier_kill(hub, folder, pictures):
     hub.requests.clear()
     data2csv(hub, folder)
     assert len(hub.requests) == 1
-    assert damaged.read_bytes() == (pictures / "images" / "69675.jpg").read_bytes()
+    assert damaged.read_bytes() == (hub_folder / "images" / "69675.jpg").read_bytes()
 
 
 def test_folder_alone_means_nothing(hub, folder):
@@ -255,13 +255,13 @@ def test_folder_alone_means_nothing(hub, folder):
 @pytest.mark.parametrize(
     "fault", [status(403), status(500), html, cut_short], ids=["403", "500", "html", "cut"]
 )
-def test_first_host_fails(hub, folder, pictures, fault):
+def test_first_host_fails(hub, folder, hub_folder, fault):
     """If the table's host refuses or gives a login page, the official host serves all images."""
     hub.faults[FIRST_HOST] = fault
     run = data2csv(hub, folder, fallbacks=True)
     assert run.returncode == 0 and "0 skipped" in run.stdout
     for file in images(folder):
-        assert file.read_bytes() == (pictures / "images" / file.name).read_bytes()
+        assert file.read_bytes() == (hub_folder / "images" / file.name).read_bytes()
     assert len(images(folder)) == 6
 
 
@@ -294,7 +294,7 @@ def test_image_that_nobody_has(hub, folder):
 def test_both_hosts_dead(tmp_path, folder):
     """The run ends after 32 images in a row, not after 82,783; what is there stays as it is."""
     rows = [(f"images/{number}.jpg", "a caption") for number in range(1, 301)]
-    with Hub(write_pictures(tmp_path / "many", rows, size=(16, 16))) as hub:
+    with Hub(write_images(tmp_path / "many", rows, size=(16, 16))) as hub:
         data2csv(hub, folder, fallbacks=True, MAX_DATA_NUMBER=2)
         first = files(folder)
         hub.faults = {FIRST_HOST: status(404), OFFICIAL_HOST: status(404)}
@@ -308,7 +308,7 @@ def test_both_hosts_dead(tmp_path, folder):
 def test_host_that_is_down_is_asked_last(tmp_path, folder):
     """A dead first host is asked a few times only, not twice for each of 82,783 images."""
     rows = [(f"images/{number}.jpg", "a caption") for number in range(1, 101)]
-    with Hub(write_pictures(tmp_path / "many", rows, size=(16, 16))) as hub:
+    with Hub(write_images(tmp_path / "many", rows, size=(16, 16))) as hub:
         hub.faults[FIRST_HOST] = status(404)
         second_host = hub.url.replace("127.0.0.1", "localhost")
         run = data2csv(hub, folder, COCO_URL=second_host, DOWNLOAD_THREADS=4)

@@ -29,7 +29,7 @@ from conftest import (
     run_and_stop,
     run_script,
     variables,
-    write_pictures,
+    write_images,
 )
 from PIL import Image
 from support import launch, socks_proxy
@@ -118,7 +118,7 @@ each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def many(tmp_path_factory):
     """A hub with 40 images, one caption each, and what an undisturbed run leaves of them."""
     rows = [(f"images/{number}.jpg", f"caption {number}") for number in range(1, 41)]
-    with Hub(write_pictures(tmp_path_factory.mktemp("many") / "pictures", rows)) as hub:
+    with Hub(write_images(tmp_path_factory.mktemp("many") / "served", rows)) as hub:
         folder = tmp_path_factory.mktemp("undisturbed")
         run = data2csv(hub, folder)
         assert run.returncode == 0, run.stderr
@@ -433,7 +433,7 @@ def limited(hub: Hub, folder: Path, kilobytes: int, **constants) -> subprocess.C
 def test_disk_full(folder, tmp_path):
     """A write that fails ends the run and names the file; with room, the next run completes it."""
     rows = [(f"images/{number}.jpg", "a cat") for number in range(60)]
-    with Hub(write_pictures(tmp_path / "large", rows, size=(320, 240))) as hub:
+    with Hub(write_images(tmp_path / "large", rows, size=(320, 240))) as hub:
         run = limited(hub, folder, 8, DOWNLOAD_THREADS=2)
         assert refusal(run).startswith("Can't write ")
         assert ".jpg.tmp (File too large)" in refusal(run) and "Free some space" in refusal(run)
@@ -449,7 +449,7 @@ def test_disk_full_at_the_csv(folder, tmp_path):
     """A CSV that can't be written ends the run and leaves the one that was there."""
     rows = [(f"images/{number}.jpg", "a cat " * 1000) for number in range(40)]
     (folder / "coco-2024-dataset.csv").write_text("the old one", encoding="utf-8")
-    with Hub(write_pictures(tmp_path / "small", rows, size=(32, 24))) as hub:
+    with Hub(write_images(tmp_path / "small", rows, size=(32, 24))) as hub:
         sentence = refusal(limited(hub, folder, 100))
     assert sentence.startswith("Can't write ") and "coco-2024-dataset.csv" in sentence
     assert (folder / "coco-2024-dataset.csv").read_text(encoding="utf-8") == "the old one"
@@ -752,7 +752,7 @@ CHINESE = (
 def test_preview_captions(tmp_path, folder, caption, hint):
     """A caption stays beneath its image; only Chinese captions ask for a font with Chinese."""
     rows = [(f"images/{number}.jpg", f"{caption} {number}") for number in range(1, 9)]
-    with Hub(write_pictures(tmp_path / "pictures", rows)) as hub:
+    with Hub(write_images(tmp_path / "served", rows)) as hub:
         run = data2csv(hub, folder, FONTS=["no such font.ttf"])
     assert run.returncode == 0, run.stderr
     assert ("lacks Chinese letters" in run.stdout) == hint

@@ -1,8 +1,6 @@
-"""train.py in several processes, started by torchrun on the CPU: what one process learns, stopped, killed, resumed."""
+"""train.py in several processes on the CPU: it learns what one learns, stopped, killed, resumed."""
 
 import contextlib
-import json
-import os
 import re
 import signal
 import socket
@@ -12,63 +10,50 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TESTS, command, variables
+from conftest import TESTS, command, posix, variables
 from safetensors.torch import load_file
-from test_chain import SMALL, another, prepared, read_text, same_adapter, served  # noqa: F401, two of them are fixtures
+from support.runs import SMALL, another, read_results, read_state, read_text
 
-SHARED = {
-    **SMALL,
-    "GRADIENT_ACCUMULATION": 4,
-    "LORA_DROPOUT": 0.0,
-}  # 6 steps; dropout is drawn in each process anew
+pytestmark = pytest.mark.slow
+
+# 6 steps; without dropout, which is drawn in each process anew
+SHARED = {**SMALL, "IMAGES_PER_STEP": 8, "LORA_DROPOUT": 0.0}
 STEPS = 6
-MINUTE = (
-    60  # seconds in which a run must be over when one of its processes is dead, or told to stop
-)
+MINUTE = 60  # seconds in which a run must be over when one of its processes is dead or told to stop
 
 
 def several(processes: int, *more: str) -> list[str]:
-    """What stands between python and the script to run it in several processes: torchrun, on a port of its own."""
-    return [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        *(more or ("--standalone",)),
-    ]
+    """What stands between python and the script to run it by torchrun, on a port of its own."""
+    where = more or ("--standalone",)
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where]
 
 
 def accelerated(processes: int, *more: str) -> list[str]:
     """The same for accelerate, which starts them by torchrun's own code."""
-    return [
-        "-m",
-        "accelerate.commands.launch",
-        f"--num_processes={processes}",
-        "--main_process_port=0",
-        *more,
-    ]
+    module = ["-m", "accelerate.commands.launch"]
+    return [*module, f"--num_processes={processes}", "--main_process_port=0", *more]
 
 
-def start(folder: Path, hub, launcher: list[str], name: str, **constants) -> subprocess.Popen:
-    """Start train.py in a session of its own; what it prints goes to NAME.log, what it makes to NAME."""
+def start(
+    folder: Path, hub, launcher: list[str], name: str, log: str = "", **constants
+) -> subprocess.Popen:
+    """Start train.py in a session of its own; it saves to NAME and prints to NAME.log."""
     python, *rest = command("train.py", **{**SHARED, "OUTPUT_FOLDER": name, **constants})
-    environment = variables({"OMP_NUM_THREADS": "1", **hub.environment()})
-    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        options = {
-            "cwd": folder,
-            "env": environment,
-            "stdout": log,
-            "stderr": log,
-            "start_new_session": True,
-        }
-        return subprocess.Popen([python, *launcher, *rest], **options)
+    with open(folder / f"{log or name}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [python, *launcher, *rest],
+            cwd=folder,
+            env=variables({"OMP_NUM_THREADS": "1", **hub.environment()}),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def end(run: subprocess.Popen, seconds: float) -> int:
-    """Wait for the launcher, then see that none of its processes outlives it; those that do are killed, and told."""
-    family, deadline = (
-        {psutil.Process(run.pid)},
-        time.monotonic() + seconds,
-    )  # torchrun's are no group: it parts them
+    """Wait for the launcher, then see that none of its processes outlives it."""
+    # torchrun puts each into a group of its own
+    family, deadline = {psutil.Process(run.pid)}, time.monotonic() + seconds
     try:
         while run.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,16 +71,16 @@ def end(run: subprocess.Popen, seconds: float) -> int:
 
 
 def finish(folder: Path, hub, launcher: list[str], name: str, **constants) -> str:
-    """Run train.py to its end; returns what it printed."""
-    code = end(start(folder, hub, launcher, name, **constants), seconds=200)
+    """Run train.py to its end; return what it printed."""
+    code = end(start(folder, hub, launcher, name, **constants), seconds=300)
     printed = read_text(folder / f"{name}.log")
     assert code == 0, printed
     return printed
 
 
-def wait_for(sign: str, path: Path, run: subprocess.Popen):
+def wait_for(sign: str, path: Path, run: subprocess.Popen) -> None:
     """Wait until `sign` stands in the file."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while sign not in read_text(path):
         assert run.poll() is None and time.monotonic() < deadline, f"{sign} never came to {path}"
         time.sleep(0.01)
@@ -103,20 +88,30 @@ def wait_for(sign: str, path: Path, run: subprocess.Popen):
 
 def workers_of(run: subprocess.Popen) -> list[psutil.Process]:
     """The training processes, that of rank 0 first."""
-    ranks = {
-        int(process.environ()["RANK"]): process for process in psutil.Process(run.pid).children()
-    }
-    return [ranks[rank] for rank in sorted(ranks)]
+    children = psutil.Process(run.pid).children()
+    return sorted(children, key=lambda process: int(process.environ()["RANK"]))
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    state = json.loads(read_text(folder / name / f"checkpoint-{STEPS}/trainer_state.json"))
-    assert state["global_step"] == STEPS
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    history = read_state(folder, name, STEPS)["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def captions(folder: Path, name: str) -> list[dict]:
-    return json.loads(read_text(folder / name / "results.json"))["captions"]
+    return read_results(folder, name)["captions"]
+
+
+def assert_learned(folder: Path, name: str) -> None:
+    """A run in several processes has learned what one process learned."""
+    assert len(losses(folder, "one")) == STEPS
+    assert losses(folder, name) == pytest.approx(losses(folder, "one"), abs=1e-3)
+    assert captions(folder, name) == captions(folder, "one")
+    ours, theirs = (
+        load_file(folder / each / "adapter_model.safetensors") for each in (name, "one")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].allclose(theirs[key], atol=1e-3) for key in ours)
+    assert not [path for path in files(folder, name) if path.endswith(".tmp")]
 
 
 def files(folder: Path, name: str) -> list[str]:
@@ -128,123 +123,126 @@ def recordings(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def alone(prepared, served, tmp_path_factory):  # noqa: F811
+def alone(prepared, run_train, tmp_path_factory) -> Path:
     """A folder in which one process has trained; other runs of this file write beside it."""
     folder = another(prepared, tmp_path_factory.mktemp("distributed"))
-    finish(folder, served, [], "one")
+    done = run_train(folder, **{**SHARED, "OUTPUT_FOLDER": "one"})
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-@pytest.mark.parametrize(
-    ("launcher", "processes", "checkpointing"),
-    [(several(2), 2, False), (several(4), 4, True), (accelerated(2, "--multi_gpu"), 2, False)],
-    ids=["torchrun 2", "torchrun 4", "accelerate 2"],
-)
-def test_several_processes_learn_what_one_learns(alone, served, launcher, processes, checkpointing):  # noqa: F811
-    """Guards launchers: other losses, captions out of order or lost, data read and files written by every process."""
-    before, name = recordings(alone), f"{launcher[1]} {processes}"
-    printed = finish(alone, served, launcher, name, GRADIENT_CHECKPOINTING=checkpointing)
-    assert len(losses(alone, "one")) == STEPS and losses(alone, name) == pytest.approx(
-        losses(alone, "one"), abs=1e-3
-    )
-    assert captions(alone, name) == captions(alone, "one")
-    with_ranks = {f"rng_state_{rank}.pth" for rank in range(processes)} | {"rng_state.pth"}
-    names, expected = (
-        [path for path in files(alone, n) if Path(path).name not in with_ranks]
-        for n in (name, "one")
-    )
-    assert names == expected and not [path for path in names if path.endswith(".tmp")]
-    assert recordings(alone) == before + 1 and printed.count("Checking: 100%") == 1
-    assert "Traceback" not in printed and printed.count("steps of 8 pictures") == 1
+def test_two_machines_learn_what_one_learns(alone, served, tmp_path):
+    """Two processes share images and captions, by README's commands for machines with one folder.
 
-
-def test_passes_that_cannot_be_shared_out_are_refused_in_a_sentence(alone, served):  # noqa: F811
-    """Guards the size of a step: 3 passes on 2 processes would be 2 or 4, without a word."""
-    code = end(start(alone, served, several(2), "refused", GRADIENT_ACCUMULATION=3), seconds=100)
-    printed = read_text(alone / "refused.log")
-    assert code != 0 and "GRADIENT_ACCUMULATION = 3: set it to a multiple of 2." in printed
-    assert "'eval_loss'" not in printed and not list((alone / "refused").glob("checkpoint-*"))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_one_killed_process_ends_all_and_one_alone_goes_on(alone, served):  # noqa: F811
-    """Guards hours of rented machines that wait for a dead one, and checkpoints that only as many cards can read."""
-    run = start(alone, served, several(2), "killed")
-    wait_for(
-        '"trial_params"', alone / "killed/checkpoint-2/trainer_state.json", run
-    )  # its last line
-    workers_of(run)[1].kill()
-    assert end(run, MINUTE) != 0 and not (alone / "killed/results.json").exists()
-    printed = finish(alone, served, [], "killed")
-    assert (
-        2 <= int(re.search(r"6 steps of 8 pictures; at step (\d)", printed)[1]) < STEPS
-        and "Checking" not in printed
-    )
-    assert losses(alone, "killed") == pytest.approx(losses(alone, "one"), abs=1e-3)
-    assert captions(alone, "killed") == captions(alone, "one")
-    assert not [path for path in files(alone, "killed") if path.endswith(".tmp")]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_stopped_by_signals_no_step_is_lost(alone, served):  # noqa: F811
-    """Guards a scheduler's SIGTERM and Ctrl-C: torchrun gets them, passes them on once and gives 30 seconds."""
-    last = 0
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        run = start(alone, served, several(2), "stopped")
-        wait_for("'loss'", alone / "stopped.log", run)
-        run.send_signal(sent)
-        assert end(run, MINUTE) != 0
-        printed = read_text(alone / "stopped.log")
-        assert "Stopping at the end of this step" in printed, printed
-        stopped = int(re.search(r"Stopped at step (\d), which is saved", printed)[1])
-        assert last < stopped < STEPS and f"6 steps of 8 pictures; at step {last}\n" in printed
-        last = stopped
-    assert f"6 steps of 8 pictures; at step {last}\n" in finish(
-        alone, served, several(2), "stopped"
-    )
-    assert losses(alone, "stopped") == pytest.approx(losses(alone, "one"), abs=1e-3)
-
-
-def test_two_machines_learn_what_one_learns(alone, served):  # noqa: F811
-    """Guards README's commands for several machines, each with the same folder: here they are one."""
+    One of them speaks and saves. Otherwise losses differ, captions are lost or out of order, or
+    files are written by both.
+    """
+    before, cache = recordings(alone), tmp_path / "features"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
-    runs = [
-        start(alone, served, several(1, *meeting, f"--node_rank={node}"), "machines")
-        for node in (0, 1)
-    ]
-    assert [end(run, seconds=200) for run in runs] == [0, 0], read_text(alone / "machines.log")
-    assert losses(alone, "machines") == pytest.approx(losses(alone, "one"), abs=1e-3)
-    assert captions(alone, "machines") == captions(alone, "one")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone, served):  # noqa: F811
-    """Guards FSDP by accelerate's options alone: 4 processes have no equal shares of 6 captions, and end at odds."""
-    options = ("--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP")
-    two, four = (
-        accelerated(processes, *options, str(TESTS / "support/sharded.py")) for processes in (2, 4)
+    runs = []
+    for node in (0, 1):
+        launcher = several(1, *meeting, f"--node_rank={node}")
+        options = {"log": f"node {node}", "CACHE_FOLDER": str(cache)}
+        runs.append(start(alone, served, launcher, "machines", **options))
+    codes = [end(run, seconds=300) for run in runs]
+    printed, other = (read_text(alone / f"node {node}.log") for node in (0, 1))
+    assert codes == [0, 0], printed + other
+    assert_learned(alone, "machines")
+    ranks = {"rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"}
+    names, expected = (
+        [path for path in files(alone, name) if Path(path).name not in ranks]
+        for name in ("machines", "one")
     )
+    assert names == expected
+    assert recordings(alone) == before + 1
+    assert "Traceback" not in printed + other
+    assert "step 1/6 | loss" in printed and "loss" not in other
+    assert "Waiting while process 0 checks the data" in other
+    # each has seen its half of the images
+    assert re.search(r"Seeing images: 100%.* 15/15", printed)
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 30
+
+
+@posix
+def test_one_killed_process_ends_all_and_one_alone_resumes(alone, served, run_train):
+    """Machines that wait for a dead one cost money; one GPU can go on with what two have saved."""
+    run = start(alone, served, several(2), "killed")
+    # its last line
+    wait_for('"trial_params"', alone / "killed/checkpoint-2/trainer_state.json", run)
+    workers_of(run)[1].kill()
+    assert end(run, MINUTE) != 0 and not (alone / "killed/results.json").exists()
+    done = run_train(alone, **{**SHARED, "OUTPUT_FOLDER": "killed"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/6 | loss" not in done.stdout and "step 6/6 | loss" in done.stdout
+    assert "Checking records" not in done.stderr
+    assert_learned(alone, "killed")
+
+
+@posix
+def test_stopped_by_signals_no_step_is_lost(alone, served):
+    """torchrun passes on a scheduler's SIGTERM and Ctrl-C, and gives them 30 seconds to save.
+
+    Whatever starts them next, as many or more, resumes behind the step that was saved.
+    """
+    last = 0
+    launchers = {"SIGTERM": several(2), "SIGINT": accelerated(2, "--multi_gpu")}
+    for sent, launcher in launchers.items():
+        run = start(alone, served, launcher, "stopped")
+        wait_for("| loss", alone / "stopped.log", run)
+        run.send_signal(getattr(signal, sent))
+        assert end(run, MINUTE) != 0
+        printed = read_text(alone / "stopped.log")
+        assert "Stopping after this step" in printed, printed
+        stopped = int(re.search(r"Stopped at step (\d), which is saved", printed)[1])
+        assert last < stopped < STEPS and f"step {last}/6 | loss" not in printed
+        last = stopped
+    printed = finish(alone, served, several(4), "stopped", GRADIENT_CHECKPOINTING=True)
+    assert f"step {last}/6 | loss" not in printed and f"step {last + 1}/6 | loss" in printed
+    assert "gradient checkpointing on" in printed
+    assert_learned(alone, "stopped")
+
+
+@posix
+def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone, served):
+    """FSDP is a matter of accelerate's options; another number of processes resumes it.
+
+    4 processes have no equal shares of 6 captions, and end at odds.
+    """
+    options = ("--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP")
+    sharded = str(TESTS / "support/sharded.py")
+    two, four = (accelerated(processes, *options, sharded) for processes in (2, 4))
     run = start(alone, served, two, "sharded")
-    wait_for(
-        '"trial_params"', alone / "sharded/checkpoint-2/trainer_state.json", run
-    )  # its last line
+    # its last line
+    wait_for('"trial_params"', alone / "sharded/checkpoint-2/trainer_state.json", run)
     workers_of(run)[1].kill()
     assert end(run, MINUTE) != 0 and not (alone / "sharded/results.json").exists()
     assert read_text(alone / "sharded.log").count("holds 0.50 of the model") == 2
-    printed = finish(alone, served, four, "sharded", EVAL_BATCH_SIZE=1)
-    assert (
-        2 <= int(re.search(r"6 steps of 8 pictures; at step (\d)", printed)[1]) < STEPS
-        and "Checking" not in printed
-    )
+    printed = finish(alone, served, four, "sharded", BATCH_SIZE=1)
+    assert "step 2/6 | loss" not in printed and "step 6/6 | loss" in printed
+    assert "Checking records" not in printed
     assert printed.count("holds 0.25 of the model") == 4
-    assert losses(alone, "sharded") == pytest.approx(losses(alone, "one"), abs=1e-3)
-    assert captions(alone, "sharded") == captions(alone, "one")
-    ours, theirs = (
-        load_file(alone / name / "adapter_model.safetensors") for name in ("sharded", "one")
-    )
-    assert ours.keys() == theirs.keys() and all(
-        ours[key].allclose(theirs[key], atol=1e-3) for key in ours
-    )
+    assert_learned(alone, "sharded")
+
+
+REFUSED = {  # variables of a launcher, and the beginning of the sentence
+    "a rank without its GPU": ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK or WORLD_SIZE is set"),
+    "a number without its GPU": ({"WORLD_SIZE": "2"}, "RANK or WORLD_SIZE is set"),
+    "steps that have no equal shares": (
+        {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"},
+        "IMAGES_PER_STEP = 8 can't be shared by 3 processes. Set it to a multiple of 3.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_launches_that_can_not_work_are_refused_at_once(alone, served, train_runner, what):
+    """One sentence says it before a process waits for others, or a step has another size."""
+    variables, sentence = REFUSED[what]
+    environment = {**served.environment(), **variables}
+    done = train_runner(alone, environment, **{**SHARED, "OUTPUT_FOLDER": "refused"})
+    assert done.returncode == 1
+    assert done.stderr.startswith(sentence)
+    assert not (alone / "refused").exists()

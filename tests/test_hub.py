@@ -1,4 +1,4 @@
-"""The stand-ins themselves: with a hub that answers wrongly or a guard that lets through, no other test would count."""
+"""The stand-ins themselves: if the hub or the guard did otherwise, no other test would count."""
 
 import hashlib
 import json
@@ -13,12 +13,13 @@ from support.hub import MODEL_ID, Hub
 
 
 def test_modelscope_client_takes_and_resumes_a_model(tmp_path):
-    """The real client must accept the listing and the files, and its resume must get the right bytes by Range."""
+    """The real client accepts the listing and the files, and Range gives the right bytes."""
     model = tmp_path / "model"
     (model / "sub").mkdir(parents=True)
     (model / "config.json").write_text('{"a": 1}', encoding="utf-8")
     (model / "sub" / "weights.bin").write_bytes(bytes(range(256)) * 400)
-    code = f"from modelscope_hub.compat import snapshot_download as get; get({MODEL_ID!r}, local_dir='m', cache_dir='c')"
+    code = "from modelscope_hub.compat import snapshot_download as get; "
+    code += f"get({MODEL_ID!r}, local_dir='m', cache_dir='c')"
     with Hub(None, {MODEL_ID: model}) as hub:
         subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, env=variables(hub.environment()), check=True
@@ -67,7 +68,10 @@ for file in hf.model_info({MODEL_ID!r}, files_metadata=True).siblings:
 
 
 def test_guard_refuses_and_remembers(tmp_path):
-    """A test without network proves nothing unless leaving the machine really fails and is seen even when swallowed."""
+    """Leaving the machine fails, and is seen even if the error is swallowed.
+
+    Otherwise a test without network proves nothing.
+    """
     code = """
 import requests, socket
 for attempt in (
@@ -98,7 +102,7 @@ for attempt in (
 
 
 def test_launch_refuses_an_unknown_constant(tmp_path):
-    """A renamed constant must not leave a test running on the default."""
+    """A constant that isn't there is an error. Otherwise a test runs on the default, unnoticed."""
     (tmp_path / "script.py").write_text("A = 1\ndef main():\n    print(A)\n", encoding="utf-8")
     assert run_script("script.py", tmp_path, {}, A=[2, "é"]).stdout == "[2, 'é']\n"
     run = run_script("script.py", tmp_path, {}, B=2)
@@ -106,7 +110,10 @@ def test_launch_refuses_an_unknown_constant(tmp_path):
 
 
 def test_launch_sets_constants_in_spawned_workers_too(tmp_path):
-    """A spawned worker imports the script anew: with its defaults, a test on Windows would test something else."""
+    """A spawned worker, which imports the script anew, has the same constants.
+
+    Otherwise a test on Windows would test something else.
+    """
     (tmp_path / "script.py").write_text(
         "import json, multiprocessing\nA = 1\n"
         "def work(number):\n    return number * A\n"
@@ -119,13 +126,13 @@ def test_launch_sets_constants_in_spawned_workers_too(tmp_path):
     assert run.returncode == 0 and json.loads(run.stdout) == [10, 20], run.stderr
 
 
-def test_pictures_without_number_names_are_enumerated(tmp_path):
-    """Any folder can be served: a file name that is no number must still get an image_id of its own."""
+def test_images_without_number_names_are_enumerated(tmp_path):
+    """Any folder can be served: an image whose name is not a number gets an image_id of its own."""
     Path(tmp_path / "captions.csv").write_text(
         "image_path,caption\nb.jpg,one\na.jpg,two\nb.jpg,three\n", "utf-8"
     )
     with Hub(tmp_path) as hub:
-        assert {path: number for path, (number, _) in hub.pictures.items()} == {
+        assert {path: number for path, (number, _) in hub.images.items()} == {
             "b.jpg": 1,
             "a.jpg": 2,
         }

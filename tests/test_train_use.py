@@ -193,7 +193,8 @@ def test_killed_it_captions_the_rest(of_all_images, finished, run_train, kill_tr
 
 @pytest.fixture(scope="module")
 def merged(finished, run_train) -> tuple[Path, str]:
-    """The whole model, and what was printed."""
+    """The whole model, and what was printed. The features of the training are gone."""
+    shutil.rmtree(finished / ".cache/features")
     done = run_train(finished, SAVE_MERGED=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return finished / OUTPUT / "merged", done.stdout
@@ -267,6 +268,21 @@ def test_a_merged_model_is_not_written_twice(merged, finished, run_train):
     done = run_train(finished, SAVE_MERGED=True)
     assert done.returncode == 0 and "is there already. Delete it" in done.stdout
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_merged_model_that_can_not_be_proven_is_not_called_merged(finished, run_train, tmp_path):
+    """Where a held-out image is gone, it is named, and merged/ is not there."""
+    folder = copy_project(finished, tmp_path / "work", "merged", "swanlog", ".cache")
+    [image] = read_results(folder)["captions"][0]["images"]
+    path = Path(image["path"])
+    path.rename(path.with_name("away"))
+    try:
+        done = run_train(folder, SAVE_MERGED=True)
+    finally:
+        path.with_name("away").rename(path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{path.name}, and .cache/features lacks what the model saw" in done.stderr
+    assert not (folder / OUTPUT / "merged").exists()
 
 
 @posix

@@ -1,22 +1,22 @@
-"""A stand-in for every server the scripts talk to, on 127.0.0.1, for tests and for trying the scripts by hand.
+"""A stand-in for every server the scripts talk to, on 127.0.0.1, for tests and for trying by hand.
 
     python tests/support/hub.py FOLDER [MODEL_FOLDER]
 
-serves the pictures and captions of FOLDER (captions.csv with the columns image_path,caption) and, as
-Qwen/Qwen2-VL-2B-Instruct, the files of MODEL_FOLDER, prints the environment variables that lead the scripts here, and
-runs until Ctrl-C. It answers four hosts at once:
+serves the images and captions of FOLDER (captions.csv with the columns image_path,caption) and, as
+Qwen/Qwen2-VL-2B-Instruct, the files of MODEL_FOLDER, prints the environment variables that lead the
+scripts here, and runs until Ctrl-C. It answers four hosts at once:
 
-ModelScope      /api/v1/models/OWNER/NAME/repo/files            listing with sizes and sha256
-                /api/v1/models/OWNER/NAME/repo?FilePath=        one file, with Range
-                /api/v1/datasets/OWNER/NAME/repo/tree           listing of the dataset's repository
-                /api/v1/datasets/OWNER/NAME/repo?FilePath=      its loader script, which names the table's address
-table's host    /open_data/coco_2014_caption/train2014.csv.zip  and the pictures beside it (train only)
-                /coco/2014/train.csv.zip                        the older address of the same table
-COCO's host     /train2014/COCO_train2014_000000000009.jpg
-                /annotations/annotations_trainval2014.zip
-Hugging Face    /api/models/OWNER/NAME/revision/BRANCH          listing with sizes, SHA-256 or git's names of files
-                /OWNER/NAME/resolve/COMMIT/FILE                 one file, a large one by a redirect to
-                /cdn/OWNER/NAME/FILE                            another host, with Range
+ModelScope    /api/v1/models/OWNER/NAME/repo/files            listing with sizes and SHA-256
+              /api/v1/models/OWNER/NAME/repo?FilePath=        one file, with Range
+              /api/v1/datasets/OWNER/NAME/repo/tree           listing of the dataset's repository
+              /api/v1/datasets/OWNER/NAME/repo?FilePath=      its loader, with the table's address
+table's host  /open_data/coco_2014_caption/train2014.csv.zip  and the images beside it (train only)
+              /coco/2014/train.csv.zip                        the older address of the same table
+COCO's host   /train2014/COCO_train2014_000000000009.jpg
+              /annotations/annotations_trainval2014.zip
+Hugging Face  /api/models/OWNER/NAME/revision/BRANCH          listing with SHA-256 or git's names
+              /OWNER/NAME/resolve/COMMIT/FILE                 one file, a large one by a redirect to
+              /cdn/OWNER/NAME/FILE                            another host, with Range
 """
 
 import csv
@@ -43,9 +43,7 @@ MODEL_ID = "Qwen/Qwen2-VL-2B-Instruct"
 TABLE_FOLDER = "/open_data/coco_2014_caption"
 OLD_TABLE = "/coco/2014/train.csv.zip"
 ANNOTATIONS = "/annotations/annotations_trainval2014.zip"
-PICTURE_PATH = re.compile(
-    r"(?:/open_data/coco_2014_caption)?/train2014/(COCO_train2014_\d{12}\.jpg)"
-)
+IMAGE_PATH = re.compile(r"(?:/open_data/coco_2014_caption)?/train2014/(COCO_train2014_\d{12}\.jpg)")
 REPOSITORY_PATH = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
 
 LOADER_SCRIPT = '''\
@@ -65,17 +63,18 @@ _FILES = {{"train": "train2014.csv", "validation": "val2014.csv"}}
 
 
 class Coco2014Caption(datasets.GeneratorBasedBuilder):
-    BUILDER_CONFIGS = [datasets.BuilderConfig(name="coco_2014_caption", version=datasets.Version("1.0.0"))]
+    BUILDER_CONFIGS = [datasets.BuilderConfig(name="coco_2014_caption")]
 
     def _info(self):
         columns = {{name: datasets.Value("string") for name in ("uniq_id", "image_id", "caption")}}
         columns["image"] = datasets.Image()
-        return datasets.DatasetInfo(_DESCRIPTION, homepage=_HOMEPAGE, features=datasets.Features(columns))
+        features = datasets.Features(columns)
+        return datasets.DatasetInfo(_DESCRIPTION, homepage=_HOMEPAGE, features=features)
 
     def _split_generators(self, dl_manager):
         folders = dl_manager.download_and_extract(_URLS)
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={{"path": f"{{folders[split]}}/{{_FILES[split]}}"}})
+            datasets.SplitGenerator(split, {{"path": f"{{folders[split]}}/{{_FILES[split]}}"}})
             for split in ("train", "validation")
         ]
 
@@ -87,17 +86,17 @@ class Coco2014Caption(datasets.GeneratorBasedBuilder):
 
 
 class Hub:
-    """The server, a context manager. Everything it makes lies in a temporary folder that goes with it.
+    """The server, a context manager. What it makes lies in a temporary folder that goes with it.
 
-    `requests` lists the paths asked for, in order. `faults` maps the beginning of a path to a function that is given
-    the handler and answers in its place: see `status`, `html` and `cut_short` below.
+    requests lists the paths asked for, in order. faults maps the beginning of a path to a function
+    that is given the handler and answers in its place: see status, html and cut_short below.
     """
 
     def __init__(
-        self, pictures: Path | None = None, models: dict[str, Path] | None = None, port: int = 0
+        self, folder: Path | None = None, models: dict[str, Path] | None = None, port: int = 0
     ):
         self.port = port  # 0: any that is free
-        self.folder = Path(pictures) if pictures else None
+        self.folder = Path(folder) if folder else None
         self.models = {name: Path(path) for name, path in (models or {}).items()}
         self.requests: list[str] = []
         self.with_token: list[str] = []  # paths of requests that carried a token of the user's
@@ -109,7 +108,7 @@ class Hub:
     def __enter__(self) -> "Hub":
         self._temporary = tempfile.TemporaryDirectory(prefix="hub_", ignore_cleanup_errors=True)
         self.temporary = Path(self._temporary.name)
-        self.pictures = self._index() if self.folder else {}
+        self.images = self._index() if self.folder else {}
         self._making = threading.Lock()
         self._server = Server(("127.0.0.1", self.port), Handler)
         self._server.hub = self
@@ -127,7 +126,7 @@ class Hub:
     # What a script is started with
 
     def environment(self) -> dict[str, str]:
-        """Variables that lead a script to this hub and nowhere else; to be added to those that are set already."""
+        """Variables that lead a script to this hub and nowhere else, on top of those set."""
         guard = str(Path(__file__).resolve().parent / "guard")
         variables = {
             "MODELSCOPE_ENDPOINT": self.url,
@@ -176,7 +175,7 @@ class Hub:
                 yield row["image_path"], row["caption"]
 
     def _index(self) -> dict[str, tuple[int, Path]]:
-        """image_path -> (image_id, file), as in captions.csv; the id is the file's name where that is a number."""
+        """image_path -> (image_id, file), as in captions.csv; the name is the id if it can be."""
         paths = list(dict.fromkeys(path for path, _ in self.rows()))
         names = [Path(path).stem for path in paths]
         by_name = all(name.isascii() and name.isdigit() for name in names) and len(
@@ -189,7 +188,7 @@ class Hub:
 
     @functools.cached_property
     def official_names(self) -> dict[str, Path]:
-        return {official_name(image_id): file for image_id, file in self.pictures.values()}
+        return {official_name(image_id): file for image_id, file in self.images.values()}
 
     def find(self, path: str, query: dict[str, list[str]]) -> Path | bytes | None:
         """What stands at `path`: a file, some bytes, or None."""
@@ -199,8 +198,8 @@ class Hub:
             return as_json({})
         if not self.folder:
             return None
-        if picture := PICTURE_PATH.fullmatch(path):
-            file = self.official_names.get(picture[1])
+        if image := IMAGE_PATH.fullmatch(path):
+            file = self.official_names.get(image[1])
             return file if file and file.is_file() else None
         if path in (TABLE_FOLDER + "/train2014.csv.zip", OLD_TABLE):
             return self._made("train2014.csv.zip", "train2014.csv", self._write_table)
@@ -244,15 +243,15 @@ class Hub:
         return archive
 
     def _write_table(self, file: io.TextIOBase) -> None:
-        """The table as ModelScope's: first one row an image, then the images' second captions, their third..."""
-        captions: dict[str, list[str]] = {path: [] for path in self.pictures}
+        """The table as ModelScope's: a row per image, then their second captions, their third..."""
+        captions: dict[str, list[str]] = {path: [] for path in self.images}
         for path, caption in self.rows():
             captions[path].append(caption)
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["uniq_id", "image_id", "caption", "image"])
         number = 0
         for turn in range(max(map(len, captions.values()), default=0)):
-            for path, (image_id, _) in self.pictures.items():
+            for path, (image_id, _) in self.images.items():
                 if turn < len(captions[path]):
                     url = f"{self.url}{TABLE_FOLDER}/train2014/{official_name(image_id)}"
                     table.writerow([number, image_id, captions[path][turn], url])
@@ -261,11 +260,10 @@ class Hub:
     def _write_annotations(self, file: io.TextIOBase) -> None:
         """The captions in COCO's own format."""
         images = [
-            {"id": number, "file_name": official_name(number)}
-            for number, _ in self.pictures.values()
+            {"id": number, "file_name": official_name(number)} for number, _ in self.images.values()
         ]
         annotations = [
-            {"id": key, "image_id": self.pictures[path][0], "caption": caption}
+            {"id": key, "image_id": self.images[path][0], "caption": caption}
             for key, (path, caption) in enumerate(self.rows())
         ]
         json.dump({"info": {}, "licenses": [], "images": images, "annotations": annotations}, file)
@@ -302,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def answer(self, share: float = 1.0) -> None:
-        """Answer truly; with `share` below 1 the promised length is whole, but the connection ends after that part."""
+        """Answer truly; with a share below 1, the connection ends after that part of the length."""
         address = urlsplit(self.path)
         reply = huggingface_reply(self.server.hub, unquote(address.path), parse_qs(address.query))
         if reply and not isinstance(reply.body, Path):
@@ -474,7 +472,7 @@ def garbled(handler: Handler) -> None:
 
 
 def wrong_length(factor: float) -> Callable[[Handler], None]:
-    """A Content-Length that promises `factor` times what there is: above 1 the client waits for the rest in vain."""
+    """A Content-Length of so many times what there is: above 1, the client waits in vain."""
 
     def fault(handler: Handler) -> None:
         body = whole_body(handler)
@@ -484,7 +482,7 @@ def wrong_length(factor: float) -> Callable[[Handler], None]:
 
 
 def drip(pause: float, pieces: int) -> Callable[[Handler], None]:
-    """The truth in `pieces` pieces with `pause` seconds before each: never silent for long, but slow."""
+    """The truth in pieces with a pause in seconds before each: never silent for long, but slow."""
 
     def fault(handler: Handler) -> None:
         body = whole_body(handler)
@@ -509,7 +507,7 @@ def late(seconds: float) -> Callable[[Handler], None]:
 
 
 def on_share(fault: Callable[[Handler], None], percent: int) -> Callable[[Handler], None]:
-    """`fault` for so many of a hundred paths that differ in their last number, the truth for the others."""
+    """A fault for so many of a hundred paths that differ in their last number, else the truth."""
 
     def chosen(handler: Handler) -> None:
         number = int(re.findall(r"\d+", handler.path)[-1])
@@ -565,7 +563,7 @@ def main() -> None:
         raise SystemExit(f"{sys.argv[1]}: holds no captions.csv (columns image_path,caption).")
     with Hub(Path(sys.argv[1]), models, PORT) as hub:
         print(
-            f"# {len(hub.pictures)} pictures, {len(models)} model at {hub.url}, until Ctrl-C",
+            f"# {len(hub.images)} images, {len(models)} model at {hub.url}, until Ctrl-C",
             flush=True,
         )
         for name, value in hub.environment().items():

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from conftest import command, read_csv, run_and_stop, variables
-from support.hub import PICTURE_PATH, TABLE_FOLDER, Hub, official_name
+from support.hub import IMAGE_PATH, TABLE_FOLDER, Hub, official_name
 
 IMAGES, CAPTIONS = 82_783, 414_113  # of the real table
 KILLED_AFTER = 20  # seconds
@@ -38,7 +38,7 @@ class BigHub(Hub):
         return {}
 
     def find(self, path: str, query: dict) -> Path | bytes | None:
-        if match := PICTURE_PATH.fullmatch(path):
+        if match := IMAGE_PATH.fullmatch(path):
             return self.samples[int(match[1][-6:-4]) % len(self.samples)]
         return super().find(path, query)
 

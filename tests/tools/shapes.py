@@ -110,6 +110,16 @@ PUBLISHED = {
 }
 
 
+def make_shallow(shape: dict, layers: int) -> dict:
+    """Return a shape with fewer layers, which is counted sooner: all widths are its own."""
+    shallow = deepcopy(shape)
+    shallow.get("text_config", shallow)["num_hidden_layers"] = layers
+    shallow["vision_config"]["depth"] = layers
+    if "deepstack_visual_indexes" in shallow["vision_config"]:
+        shallow["vision_config"]["deepstack_visual_indexes"] = [0, 1, 2]
+    return shallow
+
+
 def make_config(shape: dict) -> transformers.PreTrainedConfig:
     """Return the configuration of a shape."""
     values = deepcopy(shape)
