@@ -267,10 +267,11 @@ def explain_full_disk(folder: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # PyTorch's writer of archives says it by a RuntimeError
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         reason = getattr(error, "strerror", None) or str(error)[:200]
+        if isinstance(error, RuntimeError):  # PyTorch's writer of archives says it like that
+            if "inline_container" not in reason:
+                raise
+            reason = "is the disk full?"
         raise SystemExit(
             f"{folder or OUTPUT_FOLDER} can't be written ({reason}). What is there is kept. Free "
             "some space, and run again to resume."
@@ -3002,7 +3003,8 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         step = trainer.state.global_step
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
-            raise SystemExit(128 + stopper.number)
+            # where another process was asked to stop, this one has no number
+            raise SystemExit(128 + (stopper.number or signal.SIGTERM))
         if IS_MAIN:
             save_result(trainer)
     finally:
