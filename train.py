@@ -262,8 +262,8 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def explain_full_disk() -> Iterator[None]:
-    """Stop with one sentence if a file can't be written."""
+def explain_full_disk(folder: str = "") -> Iterator[None]:
+    """Stop with one sentence if a file can't be written to a folder, or else OUTPUT_FOLDER."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -272,7 +272,7 @@ def explain_full_disk() -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error)[:200]
         raise SystemExit(
-            f"{OUTPUT_FOLDER} can't be written ({reason}). The checkpoints before are kept. Free "
+            f"{folder or OUTPUT_FOLDER} can't be written ({reason}). What is there is kept. Free "
             "some space, and run again to resume."
         ) from None
 
@@ -1168,14 +1168,9 @@ def see_batch(
         # where each image ends; on the CPU, or every layer would wait for the GPU to tell
         image_cu_seqlens=torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0)).int(),
     )
-    try:
+    with explain_full_disk(CACHE_FOLDER):
         for image, rows in zip(images, split_features(output), strict=True):
             features.write(image, rows)
-    except OSError as error:
-        raise SystemExit(
-            f"{CACHE_FOLDER} can't be written ({error.strerror}). What is there is kept. Free some "
-            "space, or set CACHE_FOLDER to another disk, and run again to resume."
-        ) from None
     return problems
 
 
@@ -1498,15 +1493,13 @@ def generate_captions(
     model: torch.nn.Module, collator: Collator, samples: list[dict], title: str
 ) -> list[Caption]:
     """Let the model answer samples, greedily; several processes share them and all get all."""
-    ours = share_out(len(samples))
     model.eval()
     captions = []
+    total = math.ceil(len(samples) / PartialState().num_processes)
     # the bar of the training stays where it is
     options = {"unit": " images", "position": 0, "leave": False}
-    with tqdm(desc=title, total=len(ours), disable=not IS_MAIN or not ours, **options) as bar:
-        for start in range(0, len(ours), collator.batch_size):
-            numbers = ours[start : start + collator.batch_size]
-            batch = [samples[number % len(samples)] for number in numbers]
+    with tqdm(desc=title, total=total, disable=not IS_MAIN or not samples, **options) as bar:
+        for _, batch in share_out(samples, collator.batch_size):
             captions += generate_batch(model, collator, batch)
             bar.update(len(batch))
     shares = gather_object([captions])
@@ -1514,14 +1507,19 @@ def generate_captions(
     return list(in_order)[: len(samples)]
 
 
-def share_out(count: int) -> range:
-    """Return the numbers that are this process's, as many in each process.
+def share_out(
+    samples: list[dict] | datasets.Dataset, size: int
+) -> Iterator[tuple[range, list[dict]]]:
+    """Yield this process's batches of samples, and their numbers; as many in each process.
 
-    Under FSDP each needs the others for every pass. Numbers from count on only fill up.
+    Under FSDP each needs the others for every pass. Numbers beyond the samples only fill up.
     """
     state = PartialState()
-    whole = math.ceil(count / state.num_processes) * state.num_processes
-    return range(state.process_index, whole, state.num_processes)
+    whole = math.ceil(len(samples) / state.num_processes) * state.num_processes
+    ours = range(state.process_index, whole, state.num_processes)
+    for start in range(0, len(ours), size):
+        numbers = ours[start : start + size]
+        yield numbers, [samples[number % len(samples)] for number in numbers]
 
 
 @torch.inference_mode()
@@ -1663,8 +1661,8 @@ class Judge:
         path = Path(OUTPUT_FOLDER) / "base.json"
         asked = {"base": self.samples, "others": self.others}
         if STYLE_PROMPT:
-            ask_short = functools.partial(ask_instead, text=STYLE_PROMPT, base=self.collator.base)
-            asked["base_short"] = list(map(ask_short, self.samples))
+            base = self.collator.base
+            asked["base_short"] = [ask_instead(each, STYLE_PROMPT, base) for each in self.samples]
         # whatever else says something else
         key = [asked, MAX_NEW_TOKENS, LOAD_IN_4BIT, self.collator.features.rule]
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -1987,9 +1985,7 @@ class LogLine(transformers.ProgressCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Show no second bar."""
 
-    def on_log(
-        self, args: Arguments, state: State, control: Control, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: State, control: Control, logs: dict, **_: Any) -> None:
         """Print a line such as step 120/500 | loss 2.345 | lr 9.1e-05 | 12.3 images/s | ..."""
         if self.training_bar is None:
             return
@@ -2052,8 +2048,10 @@ class HeaviestPass(transformers.TrainerCallback):
             self.set_checkpointing(checkpointing)
             best = self.largest_that_fits(sizes, limit)
             # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
-            if best > 1 or (best and (best == sizes[-1] or checkpointing == tries[-1])):
+            if best > 1 or best == sizes[-1]:
                 return best, checkpointing
+        if best:
+            return best, checkpointing
         recompute = "" if checkpointing else "set GRADIENT_CHECKPOINTING = True, "
         raise SystemExit(
             f"A pass of {sizes[0]} images does not fit into the {limit / 0.9 / 2**30:.1f} GiB that "
@@ -2246,16 +2244,13 @@ class CaptionTrainer(transformers.Trainer):
 
         Added up token by token, so the same for any number of processes and images per pass.
         """
-        table, size = self.eval_dataset, self.data_collator.batch_size
-        ours = share_out(len(table))
         total, count = 0.0, 0
-        for start in range(0, len(ours), size):
-            numbers = ours[start : start + size]
-            batch = self.data_collator.make_pass([table[n % len(table)] for n in numbers])
+        for numbers, samples in share_out(self.eval_dataset, self.data_collator.batch_size):
+            batch = self.data_collator.make_pass(samples)
             losses = self.token_losses(batch)  # (N,)
             # samples that only fill up do not count
             rows = batch["logits_to_keep"].nonzero()[:, 0]  # (N,), the sample of each token
-            real = torch.tensor(numbers)[rows] < len(table)  # (N,)
+            real = torch.tensor(numbers)[rows] < len(self.eval_dataset)  # (N,)
             total += losses[real].double().sum().item()
             count += int(real.sum())
         total, count = numpy.sum(gather_object([(total, count)]), axis=0)
@@ -2483,9 +2478,7 @@ class SwanLabCurves(transformers.TrainerCallback):
     SwanLab's own callback also sends the Trainer's arguments, which hold the names of folders.
     """
 
-    def on_log(
-        self, args: Arguments, state: State, control: Control, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Arguments, state: State, control: Control, logs: dict, **_: Any) -> None:
         """Send what is logged, if there is a SwanLab run."""
         points = {}
         for name, value in logs.items():
@@ -2785,12 +2778,18 @@ def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[
 def write_captions(rows: list[tuple[Request, str]]) -> None:
     """Write captions.csv, in the order in which the images were named."""
     path = Path(OUTPUT_FOLDER) / "captions.csv"
-    with write_atomically(path) as file:
-        file.write("\ufeff")  # tells Excel that this is UTF-8
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image_path", "question", "caption"])
-        for request, caption in rows:
-            table.writerow([request.name, request.question, caption])
+    try:
+        with write_atomically(path) as file:
+            file.write("\ufeff")  # tells Excel that this is UTF-8
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["image_path", "question", "caption"])
+            for request, caption in rows:
+                table.writerow([request.name, request.question, caption])
+    except OSError as error:
+        raise SystemExit(
+            f"{path} can't be written ({error.strerror}). If it is open in Excel, close it there, "
+            "and run again: the captions are kept."
+        ) from None
     print(f"{len(rows)} captions are in {path.absolute()}")
 
 
