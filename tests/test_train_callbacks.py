@@ -634,6 +634,7 @@ def test_a_step_sees_as_many_images_as_the_others(train, build, monkeypatch):
     assert watch.images[:3] != watch.images[3:], "in another order"
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing_of_what_is_learned(train, build, monkeypatch):
     """With passes of 1, 2 or 4 images the same steps give the same losses and weights."""
     monkeypatch.setattr(train, "LORA_DROPOUT", 0.0)
