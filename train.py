@@ -2775,12 +2775,18 @@ def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[
 def write_captions(rows: list[tuple[Request, str]]) -> None:
     """Write captions.csv, in the order in which the images were named."""
     path = Path(OUTPUT_FOLDER) / "captions.csv"
-    with write_atomically(path) as file:
-        file.write("\ufeff")  # tells Excel that this is UTF-8
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image_path", "question", "caption"])
-        for request, caption in rows:
-            table.writerow([request.name, request.question, caption])
+    try:
+        with write_atomically(path) as file:
+            file.write("\ufeff")  # tells Excel that this is UTF-8
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["image_path", "question", "caption"])
+            for request, caption in rows:
+                table.writerow([request.name, request.question, caption])
+    except OSError as error:
+        raise SystemExit(
+            f"{path} can't be written ({error.strerror}). If it is open in Excel, close it there, "
+            "and run again: the captions are kept."
+        ) from None
     print(f"{len(rows)} captions are in {path.absolute()}")
 
 

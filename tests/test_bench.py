@@ -196,6 +196,7 @@ def check_run(cost: dict | None) -> None:
         assert cost[name] > 0, name
 
 
+@pytest.mark.slow
 def test_the_small_table(tmp_path):
     """train.py trains two epochs from main() to its adapter, and the data path is timed."""
     with bench.workshop(32, shapes.TINY) as folder:
@@ -208,6 +209,7 @@ def test_the_small_table(tmp_path):
     assert {row["what"].split()[0] for row in rows} == {"a", "inspect", "open"}
 
 
+@pytest.mark.slow
 def test_table_for_a_gpu_as_a_dry_run():
     """Each variant trains, is timed and counted, as on a machine with a GPU.
 

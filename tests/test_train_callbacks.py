@@ -814,12 +814,14 @@ def test_the_held_out_loss_is_the_mean_over_tokens(
 # ---- What is kept
 
 
-def evaluation(train, trainer, score: float, epoch: float, step: int) -> None:
-    """Let an evaluation end with this CIDEr."""
+def evaluation(
+    train, trainer, score: float, epoch: float, step: int, headline: str = "CIDEr"
+) -> None:
+    """Let an evaluation end with this CIDEr, and the fewer exact matches the higher it is."""
     trainer.state.epoch, trainer.state.global_step = epoch, step
-    scores = {"CIDEr": score}
+    scores = {"CIDEr": score, "exact match": 1 - score}
     trainer.results = {
-        "headline": "CIDEr",
+        "headline": headline,
         "scores": {"base": scores, "fine_tuned": scores},
         "captions": [],
         "step": step,
@@ -843,6 +845,15 @@ def test_the_adapter_of_the_best_evaluation_is_kept(train, build, settings):
         kept.append(kept_step(settings))
     assert kept == [2, 2, 2, 6, 8]
     assert not (settings / "kept.tmp").exists()
+
+
+def test_the_best_is_judged_by_the_headline(train, build, settings):
+    """Where that is exact match, as for labels, CIDEr does not count."""
+    trainer, kept = build(), []
+    for score, epoch, step in ((0.9, 1.0, 2), (0.1, 2.0, 4), (0.5, 3.0, 6)):
+        evaluation(train, trainer, score, epoch, step, headline="exact match")
+        kept.append(kept_step(settings))
+    assert kept == [2, 4, 4]
 
 
 def test_a_resume_knows_the_best_so_far(train, build, settings):

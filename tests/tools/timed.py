@@ -181,9 +181,13 @@ def run_train_py(run: Run, folder: Path) -> None:
         arguments.eval_on_start = False
         return arguments
 
+    def save_unjudged(trainer):
+        """Save the adapter: save_result takes what an evaluation kept, and there is none."""
+        trainer.model.save_pretrained(train.OUTPUT_FOLDER)
+        trainer.data_collator.base.processor.save_pretrained(train.OUTPUT_FOLDER)
+
     train.training_arguments = without_evaluation
-    # it would name the scores, and there are none
-    train.write_model_card = lambda *args: None
+    train.save_result = save_unjudged
     train.leave_swanlab = lambda code: None  # so that cost.json can be written
     train.main()
 
