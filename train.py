@@ -2771,7 +2771,6 @@ def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[
     return images
 
 
-@explain_full_disk()
 def write_captions(rows: list[tuple[Request, str]]) -> None:
     """Write captions.csv, in the order in which the images were named."""
     path = Path(OUTPUT_FOLDER) / "captions.csv"
