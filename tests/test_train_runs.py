@@ -414,11 +414,14 @@ def test_an_error_ends_it(project, served):
             stdout=out,
             stderr=out,
         )
+    try:
         while "| loss" not in read_text(log):
             assert run.poll() is None, read_text(log)
             time.sleep(0.05)
         shutil.rmtree(project / ".cache", ignore_errors=True)
         assert run.wait(100) == 1
+    finally:
+        run.kill()
     assert "No such file" in read_text(log)
 
 
