@@ -237,7 +237,8 @@ def run(case: Case, work: Path, place: Path) -> Outcome:
     }
     if cloud:
         environment |= {"SWANLAB_API_HOST": cloud.url, "SWANLAB_API_KEY": KEY}
-    line = command("train.py", **SMALL | case.constants)
+    # a constant that names a folder of this machine
+    line = command("train.py", CACHE_FOLDER=str(folder / "cache"), **SMALL | case.constants)
     if case.small_disk:
         line = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "-", *line]
     with open(log, "w", encoding="utf-8") as stream:
