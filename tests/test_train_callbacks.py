@@ -634,6 +634,7 @@ def test_a_step_sees_as_many_images_as_the_others(train, build, monkeypatch):
     assert watch.images[:3] != watch.images[3:], "in another order"
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing_of_what_is_learned(train, build, monkeypatch):
     """With passes of 1, 2 or 4 images the same steps give the same losses and weights."""
     monkeypatch.setattr(train, "LORA_DROPOUT", 0.0)
@@ -956,6 +957,22 @@ def test_a_full_disk_is_said_before_half_a_checkpoint_is_written(
         else:
             trainer._save_checkpoint(trainer.model, trial=None)
     assert train.find_checkpoints() == []
+
+
+@pytest.mark.parametrize("what", ["JSON", "captions"])
+def test_a_disk_that_runs_full_later_is_one_sentence(train, settings, monkeypatch, what):
+    """What is written beside the checkpoints says so too. Otherwise a run ends in a traceback."""
+
+    def fail(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.os, "fsync", fail)
+    with pytest.raises(SystemExit, match="can't be written .No space left on device"):
+        if what == "JSON":
+            train.save_json(settings / "base.json", {})
+        else:
+            train.write_captions([])
+    assert list(settings.iterdir()) == []
 
 
 def test_a_resume_needs_no_room_for_checkpoints_that_are_there(train, build, settings, monkeypatch):
