@@ -374,7 +374,8 @@ def find_table_urls(downloader: Downloader) -> Iterator[str]:
     A generator asks nobody anything before its first value is used: not if the table is there.
     """
     loader = Path(TABLE_FOLDER, "loader.py")
-    loader.unlink(missing_ok=True)  # it may have changed
+    with contextlib.suppress(OSError):
+        loader.unlink()  # it may have changed
     yield from downloader.fetch(loader, [MODELSCOPE_URL.rstrip("/") + LOADER], read_loader) or []
     yield from TABLE_URLS
 
@@ -627,7 +628,8 @@ def main() -> None:
     for folder in (IMAGE_FOLDER, TABLE_FOLDER, Path(CSV_PATH).parent):
         check_writable(folder)
     for leftover in Path(IMAGE_FOLDER).glob("[0-9]*.jpg.tmp"):  # of runs that were killed
-        leftover.unlink()
+        with contextlib.suppress(OSError):
+            leftover.unlink()
     downloader = Downloader()
     table = fetch_table(downloader)
     wanted = count_wanted(table)

@@ -698,8 +698,7 @@ def training_memory(
 
 def print_memory(model: PreTrainedModel) -> None:
     """Print what a training needs, and the largest batch size that fits the GPU at hand."""
-    length = f"{IMAGE_TOKENS} + {TEXT_TOKENS} + {ANSWER_TOKENS} tokens per image"
-    print(f"\nGiB that a training needs (estimate; LoRA rank {LORA_RANK}, {length}):")
+    print(f"\nGiB that a training needs (estimate; rank {LORA_RANK}, {IMAGE_TOKENS} image tokens):")
     print("batch size | " + " | ".join(f"{title:>21}" for title in SETTINGS))
     needed = {}
     for size in sorted(BATCH_SIZES):

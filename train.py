@@ -267,10 +267,11 @@ def explain_full_disk(folder: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # PyTorch's writer of archives says it by a RuntimeError
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         reason = getattr(error, "strerror", None) or str(error)[:200]
+        if isinstance(error, RuntimeError):  # PyTorch's writer of archives says it like that
+            if "inline_container" not in reason:
+                raise
+            reason = "is the disk full?"
         raise SystemExit(
             f"{folder or OUTPUT_FOLDER} can't be written ({reason}). What is there is kept. Free "
             "some space, and run again to resume."
@@ -321,6 +322,7 @@ def refuse_another_run(run: dict) -> None:
         )
 
 
+@explain_full_disk()
 def save_json(path: Path, content: Any, indent: int | None = None) -> None:  # noqa: ANN401
     """Write a JSON file that is whole or absent, whenever the script is killed."""
     with write_atomically(path) as file:
@@ -2692,7 +2694,11 @@ def read_requests() -> list[Request]:
 
 def read_csv_requests(source: Path) -> list[Request]:
     """Return the images and questions that a CSV names, relative to its folder."""
-    rows = read_csv(source)
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error}") from None
     if rows and "image_path" not in rows[0]:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
     wanted = []
@@ -2706,15 +2712,6 @@ def read_csv_requests(source: Path) -> list[Request]:
             ) from None
         wanted.append(Request(row["image_path"], path, question))
     return wanted
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error}") from None
 
 
 def caption_images(base: Base, run: dict) -> None:
@@ -3002,7 +2999,8 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         step = trainer.state.global_step
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
-            raise SystemExit(128 + stopper.number)
+            # where another process was asked to stop, this one has no number
+            raise SystemExit(128 + (stopper.number or signal.SIGTERM))
         if IS_MAIN:
             save_result(trainer)
     finally:

@@ -92,6 +92,13 @@ def workers_of(run: subprocess.Popen) -> list[psutil.Process]:
     return sorted(children, key=lambda process: int(process.environ()["RANK"]))
 
 
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def losses(folder: Path, name: str) -> list[float]:
     history = read_state(folder, name, STEPS)["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -138,10 +145,7 @@ def test_two_machines_learn_what_one_learns(alone, served, tmp_path):
     files are written by both.
     """
     before, cache = recordings(alone), tmp_path / "features"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
+    meeting = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     runs = []
     for node in (0, 1):
         launcher = several(1, *meeting, f"--node_rank={node}")
@@ -225,6 +229,47 @@ def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone
     assert "Checking records" not in printed
     assert printed.count("holds 0.25 of the model") == 4
     assert_learned(alone, "sharded")
+
+
+@pytest.fixture
+def start_pair(train_runner, served):
+    """A function that begins two processes which nobody watches, as a cluster may start them.
+
+    Rank 1 meets what happens `at` a moment.
+    """
+
+    def start_pair(folder: Path, name: str, at: tuple[str, int, str]) -> list:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        runs = []
+        for rank in ("0", "1"):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            run = train_runner.start(
+                folder,
+                {"OMP_NUM_THREADS": "1", **served.environment(), **meeting, **place},
+                at=at if rank == "1" else None,
+                name=f"{name} {rank}",
+                **{**SHARED, "OUTPUT_FOLDER": name},
+            )
+            runs.append(run)
+        return runs
+
+    return start_pair
+
+
+@posix
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
+def test_what_meets_one_process_ends_all(alone, start_pair, train_runner, sent):
+    """Without a launcher that watches, a process that is gone or told to stop ends the other.
+
+    Otherwise it waits for ever, and a GPU with it, or a scheduler takes a stopped run for done.
+    """
+    pair = start_pair(alone, sent, at=("CaptionTrainer.training_step", 3, sent))
+    first, second = (train_runner.end(run, MINUTE) for run in pair)
+    assert second.returncode == (-signal.SIGKILL if sent == "SIGKILL" else 128 + signal.SIGTERM)
+    assert first.returncode == (1 if sent == "SIGKILL" else 128 + signal.SIGTERM), first.stderr
+    saved = 2 if sent == "SIGKILL" else 3
+    assert (alone / sent / f"checkpoint-{saved}/trainer_state.json").is_file()
+    assert not (alone / sent / f"checkpoint-{saved + 1}").exists()
 
 
 REFUSED = {  # variables of a launcher, and the beginning of the sentence

@@ -195,8 +195,6 @@ def test_gradients_are_finite_where_cudnn_gives_nan(train, base, sample, tmp_pat
 def estimate(base, images: int, checkpointing: bool) -> float:
     """Return the GiB that load_model.py announces for five captions per image."""
     script = load("load_model.py", [])
-    if not memory.knows_4_bits(script):
-        pytest.skip("load_model.py's estimate is still the one with the vision tower")
     with torch.device("meta"):
         model = memory.AutoModelForImageTextToText.from_config(base.config, dtype=torch.bfloat16)
     return script.training_memory(model, images, checkpointing)

@@ -21,7 +21,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import TESTS, posix, run_script, variables
+from conftest import TESTS, posix, variables
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import hub as stand_in
@@ -128,7 +128,7 @@ def one_sentence(done: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture(scope="module", params=SITES, ids=[site.name for site in SITES])
-def first_run(request, tmp_path_factory):
+def first_run(request, runner, tmp_path_factory):
     """A folder after one run on a repository with traps, its hub, and what the run printed."""
     site = request.param
     work = tmp_path_factory.mktemp("first")
@@ -142,7 +142,7 @@ def first_run(request, tmp_path_factory):
     (repository / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
     with Hub(models={MODEL_ID: repository}) as hub:
         tokens = {"MODELSCOPE_API_TOKEN": TOKEN, "HF_TOKEN": TOKEN}
-        done = run_script("load_model.py", work, {**site.environment(hub), **tokens}, HUB=site.name)
+        done = runner(work, {**site.environment(hub), **tokens}, HUB=site.name)
         assert done.returncode == 0, done.stdout + done.stderr
         assert hub.refusals() == []
         folders = (work, hub.temporary)
@@ -153,13 +153,22 @@ def first_run(request, tmp_path_factory):
     )
 
 
-@pytest.fixture
-def whole(run, folder):
-    """A folder with the whole model and its record."""
+@pytest.fixture(scope="module")
+def downloaded(runner, tmp_path_factory):
+    """What a run on each hub leaves, by the hub's name."""
+    folders = {}
     with Hub(models={MODEL_ID: TINY}) as hub:
-        done = run(folder, hub)
-    assert done.returncode == 0, done.stderr
-    return folder
+        for site in SITES:
+            folders[site.name] = tmp_path_factory.mktemp(site.name)
+            done = runner(folders[site.name], site.environment(hub), HUB=site.name)
+            assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.fixture
+def whole(downloaded, site, folder):
+    """A folder with the whole model and its record."""
+    return Path(shutil.copytree(downloaded[site.name], folder, dirs_exist_ok=True))
 
 
 @pytest.fixture
@@ -896,6 +905,9 @@ def test_every_constant_is_checked(script):
     assert script.MODEL_FOLDER == script.MODEL_ID
     train = (TESTS.parent / "train.py").read_text(encoding="utf-8")
     assert re.search(rf'^MODEL_FOLDER.* = "{script.MODEL_FOLDER}"', train, re.M)
+    # The memory is that of train.py's images
+    [side] = re.findall(r"^IMAGE_SIZE.* = (\d+)", train, re.M)
+    assert script.IMAGE_TOKENS == (int(side) / 28) ** 2
 
 
 @pytest.mark.parametrize(

@@ -959,6 +959,22 @@ def test_a_full_disk_is_said_before_half_a_checkpoint_is_written(
     assert train.find_checkpoints() == []
 
 
+@pytest.mark.parametrize("what", ["JSON", "captions"])
+def test_a_disk_that_runs_full_later_is_one_sentence(train, settings, monkeypatch, what):
+    """What is written beside the checkpoints says so too. Otherwise a run ends in a traceback."""
+
+    def fail(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.os, "fsync", fail)
+    with pytest.raises(SystemExit, match="can't be written .No space left on device"):
+        if what == "JSON":
+            train.save_json(settings / "base.json", {})
+        else:
+            train.write_captions([])
+    assert list(settings.iterdir()) == []
+
+
 def test_a_resume_needs_no_room_for_checkpoints_that_are_there(train, build, settings, monkeypatch):
     """What was saved already is not counted again. Otherwise a resume is refused on a full disk."""
     trainer = build()

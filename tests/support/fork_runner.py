@@ -85,6 +85,7 @@ class Runner:
         hold: str = "",
         ignore: tuple[str, ...] = (),
         at: tuple[str, int, str] | None = None,
+        name: str = "",
         **constants,
     ) -> Run:
         """Begin a run in the folder `work`; a variable in `env` that is None is unset.
@@ -92,11 +93,12 @@ class Runner:
         At the function named by `hold` it waits until a signal ends it. The signals in `ignore`
         are ignored from the start, as nohup does with SIGHUP. What happens `at` a moment is a
         function, the number of its call, and a signal that it sends itself, or "full disk", which
-        lasts for that call.
+        lasts for that call. Two runs in one folder print to files of different names.
         """
         # What a test has set since the server started
         changed = dict(os.environ.items() - self.variables.items())
-        out, err = work.with_name(f"{work.name}.out"), work.with_name(f"{work.name}.err")
+        name = name or work.name
+        out, err = work.with_name(f"{name}.out"), work.with_name(f"{name}.err")
         for path in (out, err):
             path.write_text("")  # else a test could read what the run before has printed
         pid = self.ask(

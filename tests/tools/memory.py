@@ -8,7 +8,6 @@ mask, and dropout keeps a byte for each number. What CUDA takes for itself is no
 
 import contextlib
 import importlib.util
-import inspect
 import os
 import tempfile
 import weakref
@@ -322,11 +321,6 @@ def estimate_setting(script: ModuleType, setting: Setting, images: int) -> float
         return script.training_memory(model, images, setting.checkpointing, setting.four_bits)
 
 
-def knows_4_bits(script: ModuleType) -> bool:
-    """Return whether load_model.py has the estimate that is compared with the counts."""
-    return "four_bits" in inspect.signature(script.training_memory).parameters
-
-
 def smallest_gpu(gib: float) -> str:
     """Return the smallest GPU, by its gigabytes, on which so much fits beside CUDA's own."""
     for size in GPUS:
@@ -348,20 +342,18 @@ def memory_table(
             continue
         for images in batch_sizes:
             counted = count_setting(train, setting, images)
-            row = {
-                "model": setting.model,
-                "weights": "4 bits" if setting.four_bits else "bfloat16",
-                "LORA_RANK": setting.rank,
-                "checkpointing": "on" if setting.checkpointing else "off",
-                "images per pass": images,
-                "counted, GiB": f"{counted:.2f}",
-                "estimate, GiB": "-",
-                "off by": "-",
-                "fits a GPU of": smallest_gpu(counted),
-            }
-            if knows_4_bits(script):
-                estimated = estimate_setting(script, setting, images)
-                row["estimate, GiB"] = f"{estimated:.2f}"
-                row["off by"] = f"{estimated / counted - 1:+.1%}"
-            rows.append(row)
+            estimated = estimate_setting(script, setting, images)
+            rows.append(
+                {
+                    "model": setting.model,
+                    "weights": "4 bits" if setting.four_bits else "bfloat16",
+                    "LORA_RANK": setting.rank,
+                    "checkpointing": "on" if setting.checkpointing else "off",
+                    "images per pass": images,
+                    "counted, GiB": f"{counted:.2f}",
+                    "estimate, GiB": f"{estimated:.2f}",
+                    "off by": f"{estimated / counted - 1:+.1%}",
+                    "fits a GPU of": smallest_gpu(counted),
+                }
+            )
     return rows
