@@ -542,6 +542,7 @@ def test_another_family_is_trained_and_used(family, train):
         name = Path(row["images"][0]["path"]).name
         assert said[f"{IMAGES}/{name}"] == row["fine_tuned"]["text"]
     assert results["scores"]["base"] != results["scores"]["fine_tuned"]
+    assert len(set(said.values())) > 1, "it depends on the image"
     base, processor = open_whole(folder / "model")
     adapted = PeftModel.from_pretrained(base, folder / OUTPUT)
     assert share_of_equal(train, folder, adapted, processor) >= 0.8
