@@ -2037,7 +2037,11 @@ class HeaviestPass(transformers.TrainerCallback):
         )
         if needed > 0.95 * free:
             # Windows and WSL don't fail, but move what does not fit to main memory
-            print("That is more than is free. Lower BATCH_SIZE, or training will be very slow.")
+            recompute = "" if checkpointing else " or set GRADIENT_CHECKPOINTING = True"
+            print(
+                f"That is more than is free. Lower BATCH_SIZE{recompute}, or training will be very "
+                "slow."
+            )
 
     def choose(self, limit: float, share: int) -> tuple[int, bool]:
         """Return batch size and checkpointing: the largest that fits, if need be recomputed."""

@@ -309,6 +309,7 @@ def test_the_report_stays_text(train, tmp_path_factory, references, caption, que
     scores = {"CIDEr": 1.0}
     results = {
         "headline": "CIDEr",
+        "step": 1,
         "scores": {"base": scores, "fine_tuned": scores},
         "intervals": {"base": [0, 2], "fine_tuned": [0, 2]},
         "gain": [0.0, -1.0, 1.0],

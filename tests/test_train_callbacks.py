@@ -324,7 +324,13 @@ def test_memory_that_windows_would_move_is_said(choosing, capsys):
     """More than is free is said: there the driver does not fail, but swaps, ten times slower."""
     constants = {"BATCH_SIZE": 4, "GRADIENT_CHECKPOINTING": False}
     choosing(meter(4, 2, 1), constants)
-    assert "That is more than is free. Lower BATCH_SIZE" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "That is more than is free. Lower BATCH_SIZE" in printed
+    assert "or set GRADIENT_CHECKPOINTING = True" in printed
+    # already on: no advice to switch it on
+    choosing(meter(4, 2, 2), {**constants, "GRADIENT_CHECKPOINTING": True})
+    printed = capsys.readouterr().out
+    assert "Lower BATCH_SIZE, or training" in printed
 
 
 # ---- Signals

@@ -143,8 +143,8 @@ def test_the_report_shows_it_all_in_one_file(undisturbed):
     assert re.search("<b>(large|small)</b>", report), "words that people used are marked"
 
 
-def plain_caption(folder: Path, row: dict, size: tuple[int, int] | None) -> str:
-    """What the base model says of an image by the library alone, nothing of train.py in the way."""
+def plain_captions(folder: Path, rows: list[dict]) -> list[str]:
+    """What the base model says of images by the library alone, nothing of train.py in the way."""
     model_folder = folder / "Qwen/Qwen2-VL-2B-Instruct"
     processor = transformers.AutoProcessor.from_pretrained(model_folder)
     model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
@@ -153,21 +153,25 @@ def plain_caption(folder: Path, row: dict, size: tuple[int, int] | None) -> str:
     content = [{"type": "text", "text": "请描述这张图片: "}, {"type": "image"}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    image = Image.open(row["images"][0]["path"]).convert("RGB")
-    image = image.resize(size or image.size)
-    inputs = processor(text=[text], images=[image], do_resize=False, return_tensors="pt")
-    tokens = model.generate(
-        **inputs, max_new_tokens=SMALL["MAX_NEW_TOKENS"], do_sample=False, eos_token_id=None
-    )
-    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
-    return answer.partition("<|im_end|>")[0]
+    captions = []
+    for row in rows:
+        [seen] = row["images"]
+        image = Image.open(seen["path"]).convert("RGB").resize((seen["width"], seen["height"]))
+        inputs = processor(text=[text], images=[image], do_resize=False, return_tensors="pt")
+        tokens = model.generate(
+            **inputs, max_new_tokens=SMALL["MAX_NEW_TOKENS"], do_sample=False, eos_token_id=None
+        )
+        answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
+        captions.append(answer.partition("<|im_end|>")[0])
+    return captions
 
 
 def test_the_base_model_is_captioned_untouched(undisturbed):
     """Captions "before" are those of the library itself: no adapter, the same pixels."""
     folder, _ = undisturbed
-    row = read_results(folder)["captions"][0]
-    assert plain_caption(folder, row, (112, 112)) == row["base"]["text"]
+    rows = read_results(folder)["captions"]
+    assert {(row["images"][0]["width"], row["images"][0]["height"]) for row in rows} == {(112, 112)}
+    assert plain_captions(folder, rows) == [row["base"]["text"] for row in rows]
 
 
 def test_images_keep_their_size(project, run_train):
@@ -180,10 +184,12 @@ def test_images_keep_their_size(project, run_train):
     # 224 x 196 pixels are 8 x 7 image tokens, more than 50
     assert re.search("At most (48|49|50) tokens per image", done.stdout)
     rows = read_results(project)["captions"]
-    shapes = {(row["images"][0]["width"], row["images"][0]["height"]) for row in rows}
-    assert len(shapes) > 1
-    whole = next(row for row in rows if row["images"][0]["width"] == 224)
-    assert plain_caption(project, whole, None) == whole["base"]["text"]
+    assert len({(row["images"][0]["width"], row["images"][0]["height"]) for row in rows}) > 2
+    whole = [row for row in rows if row["images"][0]["width"] == 224]
+    for row in whole:
+        with Image.open(row["images"][0]["path"]) as image:
+            assert image.height == row["images"][0]["height"], "neither shrunk nor padded"
+    assert plain_captions(project, rows) == [row["base"]["text"] for row in rows]
 
 
 # ---- Started again
@@ -408,11 +414,14 @@ def test_an_error_ends_it(project, served):
             stdout=out,
             stderr=out,
         )
+    try:
         while "| loss" not in read_text(log):
             assert run.poll() is None, read_text(log)
             time.sleep(0.05)
         shutil.rmtree(project / ".cache", ignore_errors=True)
         assert run.wait(100) == 1
+    finally:
+        run.kill()
     assert "No such file" in read_text(log)
 
 
