@@ -469,15 +469,15 @@ def why_no_gpu() -> str:
 
 @contextlib.contextmanager
 def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
-    """Stop with advice if the GPU runs out of memory; leave other errors as they are."""
+    """Stop with advice if the GPU is full or taken; leave other errors as they are."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        if "out of memory" not in reason:
+        if not re.search("out of memory|busy", reason):
             raise
         raise SystemExit(
-            f"The GPU is out of memory for {what} ({reason}). Close other programs that use it "
+            f"The GPU can't take {what} ({reason}). Close other programs that use it "
             f"(nvidia-smi lists them){advice}."
         ) from None
 

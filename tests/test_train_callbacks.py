@@ -452,7 +452,7 @@ def test_a_stopped_training_has_saved_its_step(
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "The GPU is out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "The GPU can't take "),
         (RuntimeError("sizes differ"), None),
         (KeyError("images"), None),
     ],

@@ -639,7 +639,7 @@ def test_errors_of_the_gpu_are_never_called_damage(train, base, monkeypatch, err
         getattr(train, load)(base)
     sentence = str(stopped.value)
     if "out of memory" in str(error):
-        assert sentence.startswith("The GPU is out of memory for the model (CUDA out of memory")
+        assert sentence.startswith("The GPU can't take the model (CUDA out of memory")
         assert "nvidia-smi" in sentence and "\n" not in sentence
     else:
         assert stopped.value is error
@@ -662,7 +662,7 @@ def test_a_gpu_without_room_for_the_tower_is_one_sentence(
         monkeypatch.setattr(train, "see_batch", fail)
     image = train.inspect_image(str(image_folder / "one.jpg"), base.side)
     with pytest.raises(
-        SystemExit, match="out of memory for the vision tower .CUDA out .*TOWER_BATCH"
+        SystemExit, match="The GPU can.t take the vision tower .CUDA out .*TOWER_BATCH"
     ):
         train.see_images([image], train.KeptFeatures(base), base)
 
@@ -826,16 +826,20 @@ def test_a_gpu_is_used_with_its_own_precision(
     assert state[0]["timeout"] > timedelta(hours=1)
 
 
-def test_a_gpu_that_others_fill_is_one_sentence(train, large_config, fake_gpu, state, monkeypatch):
+@pytest.mark.parametrize(
+    "reason", ["out of memory", "all CUDA-capable devices are busy or unavailable"]
+)
+def test_a_gpu_that_others_use_is_one_sentence(
+    train, large_config, fake_gpu, state, monkeypatch, reason
+):
     """Where not even its context fits, the first call fails: the sentence says what to close."""
 
     def fail():
-        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be")
+        raise torch.AcceleratorError(f"CUDA error: {reason}\nCUDA kernel errors might be")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
-    with pytest.raises(
-        SystemExit, match="The GPU is out of memory for this script .CUDA error: out of .*Close"
-    ):
+    sentence = f"The GPU can't take this script .CUDA error: {reason}.*Close other programs"
+    with pytest.raises(SystemExit, match=sentence):
         train.choose_hardware(large_config)
 
 
