@@ -2700,9 +2700,15 @@ def read_csv_requests(source: Path) -> list[Request]:
     """Return the images and questions that a CSV names, relative to its folder."""
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
+            header = file.readline()
+            # Excel writes semicolons where the comma is the decimal sign
+            separator = max(",;\t", key=header.count)
+            file.seek(0)
+            rows = list(csv.DictReader(file, restval="", delimiter=separator))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error}") from None
+        raise SystemExit(
+            f"CAPTION = {CAPTION!r} can't be read: {error}. In Excel, save it as 'CSV UTF-8'."
+        ) from None
     if rows and "image_path" not in rows[0]:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
     wanted = []

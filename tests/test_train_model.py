@@ -936,6 +936,20 @@ def test_float32_takes_the_place_of_float16_from_the_beginning(
 # ---- Questions of one's own, after the training
 
 
+def test_every_csv_that_excel_writes_is_read(train, tmp_path, monkeypatch):
+    """CAPTION takes semicolons and tabs as csv2json.py does, and says what to do about GBK."""
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(train, "CAPTION", str(table))
+    for separator in ",;\t":
+        rows = f"image_path{separator}question\none.jpg{separator}图中有什么？\n"
+        table.write_text(rows, encoding="utf-8-sig")
+        [request] = train.read_requests()
+        assert (request.name, request.question) == ("one.jpg", "图中有什么？")
+    table.write_text(rows, encoding="gbk")
+    with pytest.raises(SystemExit, match="can't be read.*'CSV UTF-8'"):
+        train.read_requests()
+
+
 def test_questions_of_a_csv_may_not_forge_a_turn(train, tmp_path, monkeypatch):
     """A question is text. Otherwise a row would end the captions of all others in a traceback."""
     table = tmp_path / "table.csv"
