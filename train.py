@@ -2705,7 +2705,9 @@ def read_csv_requests(source: Path) -> list[Request]:
             separator = max(",;\t", key=header.count)
             file.seek(0)
             rows = list(csv.DictReader(file, restval="", delimiter=separator))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(
             f"CAPTION = {CAPTION!r} can't be read: {error}. In Excel, save it as 'CSV UTF-8'."
         ) from None
