@@ -190,7 +190,7 @@ def run(script: str, job: dict) -> int:
         constants = [f"{name}={json.dumps(value)}" for name, value in job["constants"].items()]
         module = load(script, constants)
         if job["hold"]:
-            setattr(module, job["hold"], lambda *_: time.sleep(600))
+            setattr(module, job["hold"], wait_for_a_signal)
         if job["at"]:
             disturb(module, *job["at"])
         module.main()
@@ -206,6 +206,12 @@ def run(script: str, job: dict) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def wait_for_a_signal(*_) -> None:
+    """Wait for ever, in short pauses: a signal that comes just before a long one doesn't end it."""
+    while True:
+        time.sleep(0.05)
 
 
 def disturb(module, name: str, number: int, what: str) -> None:
