@@ -24,7 +24,7 @@ posix = pytest.mark.posix
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 5 seconds")
+    config.addinivalue_line("markers", "slow: takes seconds, alone or with those beside it")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, skipped without one")
     config.addinivalue_line("markers", "posix: needs POSIX signals, pipes or limits")
 

@@ -239,6 +239,7 @@ def test_layouts_for_a_gpu():
     assert all(run.batch * run.accumulation == recipes.IMAGES_PER_STEP for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     """A command that can't work answers with one sentence: no traceback, no empty table."""

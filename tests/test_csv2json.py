@@ -1027,6 +1027,7 @@ def test_killed_at_any_moment(folder):
     assert not (folder / f"{JSON}.tmp").exists()
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_while_the_threads_decode(folder, sent):

@@ -1,7 +1,5 @@
 """data2csv.py when things go wrong: networks, proxies, kills, disks, tables; and its memory.
 
-    python -m pytest tests/test_data2csv_faults.py -q -m "not slow"
-
 Timeouts here only end a run that hangs. What a fault costs is seen in the number of requests.
 """
 
@@ -61,6 +59,8 @@ from support.run_data2csv import (
     refusal,
 )
 from tools.scale_data2csv import BigHub, measure
+
+pytestmark = pytest.mark.slow
 
 
 def zipped(handler):

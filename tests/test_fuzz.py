@@ -24,6 +24,8 @@ from support import launch
 from support.page import Page
 from support.vocabulary import SPECIAL, real_processor
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 FUZZ = settings(
     max_examples=EXAMPLES or 1000,

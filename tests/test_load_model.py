@@ -404,6 +404,7 @@ def empty_listing(handler) -> None:
     handler.send(200, body, "application/json")
 
 
+@pytest.mark.slow
 def test_faults_that_pass(run, site, folder, model_hub):
     """A cut connection, a broken answer or an overloaded server doesn't end a download."""
     model_hub.faults[site.place(SHARD)] = once(cut_short)
@@ -465,6 +466,7 @@ LASTING_IDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "fault", "message"), LASTING, ids=LASTING_IDS)
 def test_faults_that_stay(run, site, folder, model_hub, place, fault, message):
     """A run ends in a sentence that says what to do, and the next one needs the rest only.
@@ -564,6 +566,7 @@ def test_socks_proxy(run, folder, model_hub):
     assert "secret-of-the-user" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "address"),
     [
@@ -863,6 +866,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
 def test_refused_before_the_weights_are_fetched(run, site, tmp_path, folder, changes):
     """A model that can't be trained costs the user one small file, not an hour."""
@@ -1037,6 +1041,7 @@ def stop_at(runner: Runner, run: Run, moment: str, number: int) -> subprocess.Co
     return done
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
     ("moment", "signal_name"),
@@ -1070,6 +1075,7 @@ def test_stopped_with_one_sentence(runner, site, whole, model_hub, moment, signa
     assert everything(whole / FOLDER) == expected
 
 
+@pytest.mark.slow
 @posix
 def test_nohup_is_respected(runner, site, folder, model_hub):
     """A run under nohup outlives its terminal. Otherwise an hour of downloading is lost."""
@@ -1083,6 +1089,7 @@ def test_nohup_is_respected(runner, site, folder, model_hub):
     assert contents(folder / FOLDER) == contents(TINY)
 
 
+@pytest.mark.slow
 @posix
 def test_a_resumed_file_is_not_fetched_from_its_start(runner, site, folder, model_hub):
     """A killed run's half of a file is kept. Otherwise 4 GB never arrive on a slow line."""
@@ -1329,6 +1336,7 @@ def test_published_shapes(script, capsys, config, parts, lora):
         assert small_with_it < with_it and small_without < without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "total"), TOTALS.values(), ids=TOTALS)
 def test_the_other_families(script, capsys, config, total):
     """Qwen2.5-VL and Qwen3-VL: the parts add up, and the memory has LoRA as peft adds it."""
@@ -1446,6 +1454,7 @@ def small_model(folder: Path, family: str) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_caption(script, capsys, model_folder, images, pretended_gpu, family):
     """Each family loads and captions an image by its folder alone."""
