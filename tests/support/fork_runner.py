@@ -41,6 +41,8 @@ with contextlib.suppress(ImportError):  # Windows has none
 from conftest import TESTS, run_script, variables
 from support.launch import load
 from support.training import MODEL
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 # Modules that read the environment while they are imported, below the script itself
 REREAD = ("modelscope_hub",)
@@ -143,6 +145,9 @@ def shared_runner(script: str) -> Runner:
 
 def serve(script: str) -> None:
     """Answer the jobs on stdin, one line each."""
+    # a lock that all forks share would stay locked when one of them is killed while it has it
+    TqdmDefaultWriteLock.mp_lock = None
+    tqdm.monitor_interval = 0  # no thread of the server may have the other lock when it forks
     module = load(script, [])
     if script == "load_model.py":  # the first model that is loaded imports much
         module.torch.set_num_threads(1)  # a fork has none of its parent's threads
