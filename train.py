@@ -2373,7 +2373,7 @@ def only_for_looking(fault: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # SwanLab alone raises dozens of kinds
-        tqdm.write(f"{fault} ({error!r}). Training goes on.")
+        tqdm.write(f"{fault} ({error!r}). Training continues.")
 
 
 def build_trainer(
@@ -2498,7 +2498,7 @@ class SwanLabCurves(transformers.TrainerCallback):
 
 
 def start_swanlab(run: dict) -> None:
-    """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training goes on."""
+    """Start a SwanLab run. Whatever is wrong with SwanLab is printed, and training continues."""
     drop_unreadable_variables()
     config = public_settings(run)
     if SHARE_MACHINE_INFO:
@@ -2595,15 +2595,19 @@ def finish_swanlab(failure: BaseException | None) -> None:
         print(f"SwanLab did not finish ({error!r}). {advice}", flush=True)
         if isinstance(failure, SystemExit):
             print(failure, file=sys.stderr, flush=True)
-            leave_swanlab(failure.code)
+            leave(failure.code)
         elif failure:
             traceback.print_exception(failure)
-            leave_swanlab(1)
+            leave(1)
 
 
-def leave_swanlab(code: int | str | None) -> None:
-    """End the process if SwanLab did not finish: its own threads would keep it alive for ever."""
-    if swanlab.has_run():
+def leave(code: int | str | None) -> None:
+    """End the process at once if threads of libraries would keep it alive or abort it.
+
+    SwanLab's do the former if it did not finish. Those of a process group, which FSDP does not let
+    go of, may do the latter while Python ends.
+    """
+    if swanlab.has_run() or PartialState().num_processes > 1:
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
 
@@ -3066,8 +3070,8 @@ def main() -> None:
     else:
         train_adapter(base, run, stopper)
     use_result(base)
-    PartialState().destroy_process_group()  # its threads must not outlive Python, which aborts then
-    leave_swanlab(0)
+    PartialState().destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_two_machines_learn_what_one_learns(alone, served, tmp_path):
 
 @posix
 def test_one_killed_process_ends_all_and_one_alone_resumes(alone, served, run_train):
-    """Machines that wait for a dead one cost money; one GPU can go on with what two have saved."""
+    """Machines that wait for a dead one cost money; one GPU can resume what two have saved."""
     run = start(alone, served, several(2), "killed")
     # its last line
     wait_for('"trial_params"', alone / "killed/checkpoint-2/trainer_state.json", run)

@@ -447,7 +447,7 @@ def test_a_training_that_explodes_stops_in_a_sentence(project, run_train):
 def test_a_report_that_cannot_be_written_stops_nothing(
     undisturbed, start, train_runner, tmp_path, fault
 ):
-    """The report is for looking at: the training goes on, and says what was wrong."""
+    """The report is for looking at: the training continues, and says what was wrong."""
     left_out = ("results.json", "kept", "report.html", "*-8")
     folder = copy_project(undisturbed[0], tmp_path / "work", *left_out)
     moment = ("write_report", 1, "full disk")

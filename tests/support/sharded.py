@@ -3,9 +3,12 @@ r"""Run a script on the CPU, where accelerate's FSDP otherwise does nothing, sha
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 \
         tests/support/sharded.py tests/support/launch.py train.py ...
 
-Each process prints how much of the model it holds.
+Each process prints how much of the model it holds, and aborts if it leaves its end to Python: the
+threads of FSDP's process groups are still there, and may make it abort now and then.
 """
 
+import atexit
+import os
 import runpy
 import sys
 
@@ -35,5 +38,6 @@ def prepare_and_print(*args):
 if __name__ == "__main__":
     state.AcceleratorState.__init__ = begin_as_on_gpus
     accelerator.fsdp2_prepare_model = prepare_and_print
+    atexit.register(os.abort)
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
