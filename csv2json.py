@@ -119,7 +119,7 @@ def prepare_console() -> None:
         if stream is None:  # pythonw.exe has no console
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            # line by line, or what was printed to a log file is lost when the script is stopped
+            # Line by line, or what was printed to a log file is lost when the script is stopped
             stream.reconfigure(errors="replace", line_buffering=True)
 
 

@@ -206,7 +206,7 @@ def prepare_console() -> None:
         if stream is None:  # pythonw.exe has no console
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            # line by line, or what was printed to a log file is lost when the script is stopped
+            # Line by line, or what was printed to a log file is lost when the script is stopped
             stream.reconfigure(errors="replace", line_buffering=True)
 
 
@@ -311,7 +311,7 @@ def refuse_another_run(run: dict) -> None:
             "Set OUTPUT_FOLDER to a new folder."
         ) from None
     changes = []
-    # whatever is not in MAY_CHANGE, a constant that somebody adds included
+    # Whatever is not in MAY_CHANGE, a constant that somebody adds included
     for name, value in {"the data": run["data"], **run["constants"]}.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             changes.append(f"{name} was {before.get(name)!r} and is {value!r} now")
@@ -576,7 +576,7 @@ def model_size(height: int, width: int, side: int) -> tuple[int, int]:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return height and width as people see the image; most formats need no decoding for it."""
     width, height = image.size
-    # cameras store a turned image with a note, which Pillow heeds only in a TIFF
+    # Cameras store a turned image with a note, which Pillow heeds only in a TIFF
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     return (width, height) if turned and image.format != "TIFF" else (height, width)
 
@@ -709,7 +709,7 @@ def encode_prompts(
     The first is "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n", the next ones
     begin with the line break behind the answer before. Encoded apart, as generation sees them.
     """
-    # stands for an answer: a special token, so no question contains it
+    # Stands for an answer: a special token, so no question contains it
     gap = "<|endoftext|>"
     messages = []
     for question in questions:
@@ -744,12 +744,12 @@ def make_examples(turns: list[Turn], images: dict[str, ImageFile], base: Base) -
                 raise ValueError(f"names an image that can't be used: {image.problem}")
         questions.append(show_images(turn.question, shown, base))
         seen.append((*seen[-1], *shown) if seen else tuple(shown))
-    # much faster than the tokenizer's own encode, which matters for 414,113 captions
+    # Much faster than the tokenizer's own encode, which matters for 414,113 captions
     encode = base.processor.tokenizer.backend_tokenizer.encode
     examples, prompt = [], []
     pieces = encode_prompts(base.processor, tuple(questions))
     for turn, piece, until_here in zip(turns, pieces, seen, strict=True):
-        # one list for all that ask the same: 414,113 lists of their own would fill the memory
+        # One list for all that ask the same: 414,113 lists of their own would fill the memory
         prompt = prompt + piece if prompt else piece
         answer = encode(turn.answer + END_OF_TURN, add_special_tokens=False).ids
         count = len(prompt) + len(answer)
@@ -772,7 +772,7 @@ def read_examples(path: str, base: Base) -> list[Example]:
             f"{path} can't be used ({error}). Run csv2json.py, or set DATA_JSON and TEST_JSON."
         ) from None
     home = Path(path).parent.resolve()
-    # first the text of all records, then their images in threads, then the tokens
+    # First the text of all records, then their images in threads, then the tokens
     conversations, problems, paths = [], [], {}
     for number, record in enumerate(records, start=1):
         try:
@@ -841,7 +841,7 @@ def split_by_image(examples: list[Example]) -> tuple[list[Example], list[Example
 
     held_out = set(sorted(digests, key=rank)[:wanted])
     training, test, size = examples, [], 0
-    # a conversation about several images takes all of them along
+    # A conversation about several images takes all of them along
     while size < len(held_out):
         size = len(held_out)
         training, test = [], []
@@ -879,7 +879,7 @@ def gather_samples(examples: list[Example]) -> datasets.Dataset:
     samples, latest = [], {}
     for example in examples:
         key = (example.images, tuple(example.prompt))
-        # each answer has a line break of its own in front
+        # Each answer has a line break of its own in front
         cost = 1 + len(example.answer)
         if key not in latest or latest[key]["tokens"] + cost > MAX_LENGTH:
             latest[key] = {
@@ -897,7 +897,7 @@ def gather_samples(examples: list[Example]) -> datasets.Dataset:
         sample["references"].append(example.reference)
         sample["tokens"] += cost
         sample["learned"] += len(example.answer)
-    # in portions, because from_list copies what it gets: most of a GB for all of COCO
+    # In portions, because from_list copies what it gets: most of a GB for all of COCO
     portions = []
     for start in range(0, len(samples), PORTION):
         portions.append(datasets.Dataset.from_list(samples[start : start + PORTION]))
@@ -940,7 +940,7 @@ def open_image(file: str | IO[bytes], height: int, width: int) -> Image.Image:
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         if image.mode[0] in "IF":  # in RGB all above 255 would become white
             raise ValueError("it has more than 8 bits per colour: save it with 8")
-        # a JPEG can be decoded at half, a quarter or an eighth, which is much faster
+        # A JPEG can be decoded at half, a quarter or an eighth, which is much faster
         image.draft(None, (max(height, width), max(height, width)))
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
@@ -1000,7 +1000,7 @@ class KeptFeatures:
         """Keep the features (image tokens, width) of an image."""
         path = self.path(image)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # another run may write the same file at the same time
+        # Another run may write the same file at the same time
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             unfinished.write_bytes(
@@ -1015,7 +1015,7 @@ class KeptFeatures:
         counts = [self.tokens(image) for image in images]
         features = torch.empty(sum(counts), self.width, dtype=self.dtype)
         for image, rows in zip(images, features.split(counts), strict=True):
-            # a plain read: a file that is cut short while it is mapped would kill the process
+            # A plain read: a file that is cut short while it is mapped would kill the process
             with open(self.path(image), "rb", buffering=0) as file:
                 if file.readinto(rows.view(torch.uint8).numpy()) != rows.nbytes:
                     raise OSError(f"{file.name} was cut short: delete it and run again")
@@ -1111,7 +1111,7 @@ def open_ahead(images: list[ImageFile], base: Base) -> Iterator[tuple[ImageFile,
         waiting = deque()
         for image in images:
             waiting.append((image, pool.submit(prepare_pixels, image, base)))
-            # a bounded number: all of COCO at once would fill the memory
+            # A bounded number: all of COCO at once would fill the memory
             if len(waiting) > 2 * TOWER_BATCH + IMAGE_THREADS:
                 yield waiting.popleft()
         yield from waiting
@@ -1126,7 +1126,7 @@ def see_images(images: Iterable[ImageFile], features: KeptFeatures, base: Base) 
     """
     distinct = {(image.digest, image.height, image.width): image for image in images}
     unseen = [image for image in distinct.values() if not features.holds(image)]
-    # what process 0 found: another run may add to the folder at the same time
+    # What process 0 found: another run may add to the folder at the same time
     [unseen] = broadcast_object_list([unseen])
     if not unseen:
         return {}
@@ -1167,7 +1167,7 @@ def see_batch(
     output = tower.get_image_features(
         torch.cat(pixels).to(device),  # (patches of all images, numbers of a patch)
         grid.to(device),
-        # where each image ends; on the CPU, or every layer would wait for the GPU to tell
+        # Where each image ends; on the CPU, or every layer would wait for the GPU to tell
         image_cu_seqlens=torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0)).int(),
     )
     with explain_full_disk(CACHE_FOLDER):
@@ -1229,7 +1229,7 @@ class Collator:
         self.batch_size = 4 if BATCH_SIZE == "auto" else BATCH_SIZE
         whole = model.get_base_model() if isinstance(model, peft.PeftModel) else model
         self.find_positions = whole.model.get_rope_index
-        # nearly all prompts are alike
+        # Nearly all prompts are alike
         self.prompt_positions = functools.lru_cache(maxsize=4096)(self.locate_prompt)
 
     def locate_prompt(self, prompt: tuple[int, ...], *images: ImageFile) -> torch.Tensor:
@@ -1250,21 +1250,21 @@ class Collator:
     def lay_out(self, sample: dict, with_answers: bool) -> Layout:
         """Lay out a sample: the prompt and, for training, all its captions."""
         prompt = sample["prompt"]
-        # without what differs from image to image
+        # Without what differs from image to image
         shapes = [each._replace(path="", digest="") for each in images_of(sample)]
         positions = self.prompt_positions(tuple(prompt), *shapes)
         tokens = prompt[:-1]
         labels = [IGNORE] * len(tokens)
         owners = [PROMPT] * len(tokens)
         places = []
-        # what the model is to say has no tokens yet
+        # What the model is to say has no tokens yet
         answers = sample["answers"] if with_answers else [[]]
         for number, answer in enumerate(answers, start=1):
             tokens = [*tokens, prompt[-1], *answer]
             labels = [*labels, IGNORE, *answer]
             owners += [number] * (1 + len(answer))
             places += range(1 + len(answer))
-        # each caption continues where the prompt ends, whatever stands between
+        # Each caption continues where the prompt ends, whatever stands between
         captions = positions[-1] + to_tensor(places)[:, None]  # (tokens of all captions, 3)
         return Layout(
             to_tensor(tokens),
@@ -1280,7 +1280,7 @@ class Collator:
         tokens = pad_left(tokens, self.padding)
         images = list(itertools.chain.from_iterable(map(images_of, samples)))
         features = self.features.read(images)
-        # the model checks this too, but would make the GPU wait for it
+        # The model checks this too, but would make the GPU wait for it
         if (tokens == self.base.processor.image_token_id).sum() != len(features):
             raise ValueError("image tokens and kept features do not match")
         return {
@@ -1299,7 +1299,7 @@ class Collator:
         logits_to_keep (B, T) is True at these N tokens, shift_labels (N,) is what they predict.
         """
         batch = self.make_batch(samples, with_answers=True)
-        # the logits at a token predict the next one
+        # The logits at a token predict the next one
         next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
         batch["logits_to_keep"] = next_labels != IGNORE
         batch["shift_labels"] = next_labels[batch["logits_to_keep"]]
@@ -1341,7 +1341,7 @@ def model_inputs(batch: dict, hidden: int) -> dict:
     """
     owners = batch["owners"]  # (B, T)
     query, key = owners[:, :, None], owners[:, None, :]
-    # padding sees padding: attention over a row without any True would be NaN
+    # Padding sees padding: attention over a row without any True would be NaN
     mask = ((query == key) | (key == PROMPT)).tril()  # (B, T, T)
     return {
         "input_ids": batch["input_ids"],
@@ -1389,7 +1389,7 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
         lora_alpha=LORA_ALPHA,
         lora_dropout=LORA_DROPOUT,
         target_modules=LORA_TARGETS,
-        # for whoever puts the adapter on a whole model: some towers have layers of these names
+        # For whoever puts the adapter on a whole model: some towers have layers of these names
         exclude_modules=r".*visual.*",
     )
     model = peft.get_peft_model(model, lora)
@@ -1498,7 +1498,7 @@ def generate_captions(
     model.eval()
     captions = []
     total = math.ceil(len(samples) / PartialState().num_processes)
-    # the bar of the training stays where it is
+    # The bar of the training stays where it is
     options = {"unit": " images", "position": 0, "leave": False}
     with tqdm(desc=title, total=total, disable=not IS_MAIN or not samples, **options) as bar:
         for _, batch in share_out(samples, collator.batch_size):
@@ -1592,7 +1592,7 @@ class Scores:
         if max(counts) == 0:
             for name in ("CIDEr", "BLEU-4", "ROUGE-L"):
                 self.notes[name] = "the references have no words"
-        # never a silent 0: what do captions get that repeat a reference?
+        # Never a silent 0: what do captions get that repeat a reference?
         perfect, _ = self.score([Caption(texts[0], ended=True) for texts in references])
         if perfect.get("CIDEr") == 0:
             self.notes["CIDEr"] = "it needs images whose references differ"
@@ -1654,7 +1654,7 @@ class Judge:
         self.collator = collator
         self.samples = held_out_questions(table)
         self.scores = Scores([sample["references"] for sample in self.samples])
-        # a few of the images, with questions that were not trained on
+        # A few of the images, with questions that were not trained on
         pairs = itertools.product(OTHER_QUESTIONS, self.samples[:3])
         self.others = [ask_instead(sample, text, collator.base) for text, sample in pairs]
 
@@ -1665,7 +1665,7 @@ class Judge:
         if STYLE_PROMPT:
             base = self.collator.base
             asked["base_short"] = [ask_instead(each, STYLE_PROMPT, base) for each in self.samples]
-        # whatever else says something else
+        # Whatever else says something else
         key = [asked, MAX_NEW_TOKENS, LOAD_IN_4BIT, self.collator.features.rule]
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -1686,7 +1686,7 @@ class Judge:
         """Return scores and captions; an adapter that was not trained yet changes nothing."""
         captions = self.caption_base(model)
         base_others = others = captions.pop("others")
-        # the adapter's second matrix is zero at first
+        # The adapter's second matrix is zero at first
         captions["fine_tuned"] = captions["base"]
         if trained:
             ask = functools.partial(generate_captions, model, self.collator)
@@ -2021,7 +2021,7 @@ class HeaviestPass(transformers.TrainerCallback):
     def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Choose, and print what the training will need."""
         on_gpu = args.device.type == "cuda"
-        # a CPU has no such limit, and no number as exact; of several GPUs the fullest counts
+        # A CPU has no such limit, and no number as exact; of several GPUs the fullest counts
         free = min(gather_object([free_memory()])) if on_gpu else math.inf
         size = min(self.collator.batch_size, args.per_device_train_batch_size)
         checkpointing = GRADIENT_CHECKPOINTING is True
@@ -2053,7 +2053,7 @@ class HeaviestPass(transformers.TrainerCallback):
         for checkpointing in tries:
             self.set_checkpointing(checkpointing)
             best = self.largest_that_fits(sizes, limit)
-            # a single image per pass keeps no GPU busy: recompute instead, if more are wanted
+            # A single image per pass keeps no GPU busy: recompute instead, if more are wanted
             if best > 1 or best == sizes[-1]:
                 return best, checkpointing
         if best:
@@ -2069,7 +2069,7 @@ class HeaviestPass(transformers.TrainerCallback):
         """Try growing batch sizes; return the last one within the limit, 0 if there is none."""
         best, peaks = 0, []
         for size in sizes:
-            # a line through the last two predicts the next: a try may not run out of memory
+            # A line through the last two predicts the next: a try may not run out of memory
             if len(peaks) > 1 and peaks[-1] + 2 * (peaks[-1] - peaks[-2]) > limit:
                 break
             try:
@@ -2102,10 +2102,10 @@ class HeaviestPass(transformers.TrainerCallback):
         reset_peak()
         try:
             for samples in heaviest(trainer.train_dataset, size):
-                # from the second pass on there are gradients to add to
+                # From the second pass on there are gradients to add to
                 trainer.try_pass(samples)
                 trainer.try_pass(samples)
-            # an evaluation needs less, unless its samples are much heavier
+            # An evaluation needs less, unless its samples are much heavier
             for samples in heaviest(trainer.eval_dataset, size):
                 trainer.token_losses(self.collator.make_pass(samples))
         finally:
@@ -2151,7 +2151,7 @@ class CaptionTrainer(transformers.Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
         """Let the rate rise over WARMUP of the steps, then fall to 0; no step has a rate of 0."""
-        # the library's own schedule starts with a step at rate 0
+        # The library's own schedule starts with a step at rate 0
         warmup = math.ceil(WARMUP * num_training_steps)
 
         def factor(step: int) -> float:
@@ -2165,14 +2165,14 @@ class CaptionTrainer(transformers.Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
         """Run the passes of a step of count tokens and add up their gradients and losses."""
-        # so that a resumed run draws the same dropout
+        # So that a resumed run draws the same dropout
         torch.manual_seed(hash((SEED, self.state.global_step, self.args.process_index)))
         self.clock = self.clock or (time.monotonic(), self.state.global_step)
         self.step_images = sum((each["names"] for each in inputs["passes"]), [])
         *others, last = inputs["passes"]
         losses = []
         for batch in others:
-            # several processes exchange their gradients once, in the last pass
+            # Several processes exchange their gradients once, in the last pass
             with self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, batch, count))
         losses.append(super().training_step(model, last, count))
@@ -2254,7 +2254,7 @@ class CaptionTrainer(transformers.Trainer):
         for numbers, samples in share_out(self.eval_dataset, self.data_collator.batch_size):
             batch = self.data_collator.make_pass(samples)
             losses = self.token_losses(batch)  # (N,)
-            # samples that only fill up do not count
+            # Samples that only fill up do not count
             rows = batch["logits_to_keep"].nonzero()[:, 0]  # (N,), the sample of each token
             real = torch.tensor(numbers)[rows] < len(self.eval_dataset)  # (N,)
             total += losses[real].double().sum().item()
@@ -2294,7 +2294,7 @@ class CaptionTrainer(transformers.Trainer):
             kept = json.loads((folder / "results.json").read_text(encoding="utf-8"))
             best = kept["scores"]["fine_tuned"][self.results["headline"]]
         PartialState().wait_for_everyone()  # all have looked before the first one writes
-        # of equals the later one: its loss has seen more
+        # Of equals the later one: its loss has seen more
         if KEEP == "best" and score < best:
             return
         # FSDP gathers the weights from all processes
@@ -2321,7 +2321,7 @@ class CaptionTrainer(transformers.Trainer):
                 "LEARNING_RATE, with a new OUTPUT_FOLDER."
             )
         super()._save_checkpoint(model, trial)
-        # each process has written its part
+        # Each process has written its part
         PartialState().wait_for_everyone()
         if IS_MAIN:
             newest = Path(OUTPUT_FOLDER) / f"checkpoint-{self.state.global_step}"
@@ -2404,7 +2404,7 @@ def build_trainer(
 def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arguments:
     """Return the Trainer's arguments for so many samples to train on."""
     processes = PartialState().num_processes
-    # where there are fewer images than a step takes, each step sees all of them
+    # Where there are fewer images than a step takes, each step sees all of them
     images = max(1, min(IMAGES_PER_STEP, samples) // processes)
     steps = math.ceil(samples / (images * processes))
     epoch = 0.0
@@ -2503,7 +2503,7 @@ def start_swanlab(run: dict) -> None:
     config = public_settings(run)
     if SHARE_MACHINE_INFO:
         config = {**run["versions"], **run["constants"]}
-    # offline: recorded on disk, for swanlab sync to upload later
+    # Offline: recorded on disk, for swanlab sync to upload later
     for mode in (SWANLAB_MODE, "offline"):
         try:
             settings = swanlab.Settings(
@@ -2571,7 +2571,7 @@ def within(seconds: float, function: Callable, **options: Any) -> None:
         except BaseException as error:  # carried over to the thread that waits
             outcome["error"] = error
 
-    # a thread of a pool would be waited for when the script ends
+    # A thread of a pool would be waited for when the script ends
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -2587,7 +2587,7 @@ def finish_swanlab(failure: BaseException | None) -> None:
         return
     run = swanlab.get_run()
     advice = f"Upload it later: swanlab sync {run.dir} --id {run.id}"
-    # its text may name folders
+    # Its text may name folders
     end = {"state": "crashed", "error": type(failure).__name__} if failure else {}
     try:
         within(SWANLAB_TIMEOUT, swanlab.finish, **end)
@@ -2749,7 +2749,7 @@ def caption_images(base: Base, run: dict) -> None:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no image that can be captioned.")
     model = load_model(base, adapter=Path(OUTPUT_FOLDER))
     collator = Collator(base, features, model)
-    # what an interrupted start has captioned already
+    # What an interrupted start has captioned already
     unfinished = Path(OUTPUT_FOLDER) / "captions.part"
     captions = {}
     with contextlib.suppress(OSError, ValueError):
@@ -2816,7 +2816,7 @@ def merge_adapter(folder: Path) -> None:
     scale = adapter_config["lora_alpha"] / adapter_config["r"]
     pairs = read_lora_pairs(Path(OUTPUT_FOLDER) / "adapter_model.safetensors")
     merged = set()
-    # file by file: never more than one in memory
+    # File by file: never more than one in memory
     for path in sorted(Path(MODEL_FOLDER).iterdir()):
         if path.suffix != ".safetensors":
             if path.is_file() and not path.name.startswith("."):  # not our own records
@@ -2898,23 +2898,23 @@ def quiet_libraries() -> None:
     if not IS_MAIN:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-    # the tower, which LoRA must leave out, is not in the model anyway
+    # The tower, which LoRA must leave out, is not in the model anyway
     warnings.filterwarnings("ignore", message=".*exclude_modules")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     pyplot.switch_backend("agg")  # draws without a screen
-    # the collator checks that image tokens and features match, without making the GPU wait
+    # The collator checks that image tokens and features match, without making the GPU wait
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
     if sys.platform == "linux":
-        # the lengths of batches differ: without this, the GPU's memory falls into pieces
+        # The lengths of batches differ: without this, the GPU's memory falls into pieces
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
     """Check the data, let the tower see all images, split, and write the tables."""
     tables = load_tables() if resuming else None
-    # a project that was moved has its images elsewhere now, and the report shows them
+    # A project that was moved has its images elsewhere now, and the report shows them
     if tables and os.path.isfile(tables["train"][0]["images"][0]["path"]):
         see_again(itertools.chain(*tables.values()), features, base)
         return tables
@@ -2994,7 +2994,7 @@ def train_adapter(base: Base, run: dict, stopper: SaveAndStop) -> None:
     if base.dtype == torch.float16 and not USES_FSDP and overflows(model, collator, sample):
         print("float16 can't hold this model's numbers on this GPU: float32 is used instead.")
         del model, collator
-        # from the beginning: the vision tower's numbers may be too large as well
+        # From the beginning: the vision tower's numbers may be too large as well
         train_adapter(base._replace(dtype=torch.float32), run, stopper)
         return
     trainer = build_trainer(model, collator, tables, run, checkpoint)
@@ -3015,7 +3015,7 @@ def train_and_watch(trainer: CaptionTrainer, checkpoint: Path | None, stopper: S
         step = trainer.state.global_step
         if step < trainer.state.max_steps:
             print(f"Stopped at step {step}, which is saved. Run again to resume.")
-            # where another process was asked to stop, this one has no number
+            # Where another process was asked to stop, this one has no number
             raise SystemExit(128 + (stopper.number or signal.SIGTERM))
         if IS_MAIN:
             save_result(trainer)
@@ -3040,7 +3040,7 @@ def save_result(trainer: CaptionTrainer) -> None:
 def use_result(base: Base) -> None:
     """Do with a finished adapter what CAPTION and SAVE_MERGED ask for."""
     run = json.loads((Path(OUTPUT_FOLDER) / "run.json").read_text(encoding="utf-8"))
-    # float16 could not hold this model's numbers
+    # Float16 could not hold this model's numbers
     if base.dtype == torch.float16 and run.get("dtype") == "torch.float32":
         base = base._replace(dtype=torch.float32)
     if CAPTION:
@@ -3070,6 +3070,8 @@ def main() -> None:
     else:
         train_adapter(base, run, stopper)
     use_result(base)
+    # Process 0 writes last: if another one failed at its end, torchrun would kill it meanwhile
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     leave(0)
 
