@@ -33,6 +33,7 @@ from types import FrameType
 from typing import IO, Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 from urllib.parse import unquote
 
+import regex
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from tqdm import tqdm
@@ -63,6 +64,8 @@ MAX_FILE_PIXELS: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485  # wid
 CHECK_THREADS: Annotated[int, Field(ge=1, le=64)] = 8  # images decoded at a time, on all cores
 # --------------------------------------------------------------------------------------------------
 
+# Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # <|im_end|> and the like; the model has 14
 
 
@@ -281,10 +284,7 @@ def make_row(line: int, fields: dict) -> Row:
 
 def shows_nothing(text: str) -> bool:
     """Tell whether text is empty or has only blanks and characters that nobody sees."""
-    # Separators, controls and format characters (zero-width space, byte order mark).
-    # Not all of C: an emoji that is younger than Python counts as Cn.
-    kinds = map(unicodedata.category, text)
-    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
+    return not VISIBLE.search(text)
 
 
 def path_in_json(path: str) -> str:

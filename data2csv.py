@@ -27,7 +27,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +36,7 @@ from pathlib import Path, PureWindowsPath
 from types import FrameType
 from typing import IO, Annotated, Literal, NamedTuple, NoReturn, TypeVar, get_type_hints
 
+import regex
 import requests
 import urllib3
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -107,6 +107,8 @@ LOADER = (
     "?Revision=master&FilePath=coco_2014_caption.py"
 )
 ANNOTATIONS = "annotations/captions_train2014.json"  # inside COCO's archive of 240 MB
+# Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 # Kinds of proxies, and the port where an address names none
 PROXY_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
 Content = TypeVar("Content")
@@ -242,10 +244,7 @@ def check_proxy(url: str) -> str:
 
 def shows_nothing(text: str) -> bool:
     """Tell whether text is empty or has only blanks and characters that nobody sees."""
-    # Separators, controls and format characters (zero-width space, byte order mark).
-    # Not all of C: an emoji that is younger than Python counts as Cn.
-    kinds = map(unicodedata.category, text)
-    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
+    return not VISIBLE.search(text)
 
 
 # ---- Download ------------------------------------------------------------------------------------
@@ -590,6 +589,10 @@ def draw_preview(captions: dict[int, str]) -> Image.Image:
         x = gap + column * column_width
         y = gap + row * row_height
         with Image.open(image_path(image_id), formats=IMAGE_FORMATS) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # what is clear is seen as white
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
         sheet.paste(ImageOps.pad(image, (PREVIEW_WIDTH, PREVIEW_HEIGHT), color="#eee"), (x, y))
         text = "\n".join(wrap_caption(caption, font))

@@ -726,7 +726,11 @@ def caption(model: PreTrainedModel, path: Path) -> str:
     """Return what the model says about an image."""
     processor = AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:  # what is clear is seen as white
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template(
@@ -751,8 +755,8 @@ def print_caption(model: PreTrainedModel) -> None:
     else:
         try:
             print(f"{min(images)}: {caption(model.to('cuda'), min(images))}")
-        # OSError, ValueError: a damaged image. RuntimeError: CUDA, as when memory runs out
-        except (OSError, ValueError, RuntimeError) as error:
+        # Pillow raises a dozen kinds of errors on damaged files; CUDA's are RuntimeErrors
+        except Exception as error:
             print(f"No image is captioned, though the model is whole: {brief(error)}")
 
 

@@ -400,7 +400,11 @@ def test_nothing_left(folder):
     assert "no row" in refusal(folder, ON_BAD_SAMPLE="drop")
 
 
-INVISIBLE = [" ", "\u3000", "\u200b", "\ufeff", "\u200d\u2060", "\x07", "\u202e \u00ad", "\u2028"]
+INVISIBLE = [
+    *[" ", "\u3000", "\u200b", "\ufeff", "\u200d\u2060", "\x07", "\u202e \u00ad", "\u2028"],
+    # Hangul fillers, an empty Braille cell, a joiner, a variation selector without its character
+    *["\u3164", "\uffa0", "\u115f\u1160", "\u2800", "\u034f", "\ufe0f"],
+]
 
 
 def test_captions_that_show_nothing(folder):

@@ -18,6 +18,7 @@ from typing import get_type_hints
 
 import pytest
 from conftest import CAPTIONS, command, posix, read_csv, variables, write_images
+from PIL import Image
 from support import launch
 from support.hub import ANNOTATIONS, OLD_TABLE, Hub, cut_short, html, status
 from support.run_data2csv import (
@@ -73,6 +74,25 @@ def test_images_and_captions_in_table_order(hub, folder):
     ]
     assert "3 images are there" in run.stdout and "5 captions" in run.stdout
     assert "\x1b[A" not in run.stderr, "two progress bars at a time"
+
+
+def test_preview_shows_images_as_people_see_them(script, tmp_path, monkeypatch):
+    """Clear ground is white, and what a camera has turned stands upright."""
+    monkeypatch.setattr(script, "IMAGE_FOLDER", str(tmp_path))
+    monkeypatch.setattr(script, "PREVIEW_COLUMNS", 2)
+    clear = Image.new("LA", (256, 192), (0, 0))
+    clear.save(tmp_path / "1.jpg", "PNG")
+    turned = Image.new("RGB", (192, 96), "red")
+    turned.paste("blue", (0, 0, 96, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its left half is the upper one
+    turned.save(tmp_path / "2.jpg", "PNG", exif=exif)
+    sheet = script.draw_preview({1: "a dog", 2: "a cat"})
+    gap = script.PREVIEW_FONT_SIZE
+    assert sheet.getpixel((gap + 128, gap + 96)) == (255, 255, 255)
+    x = 2 * gap + 256 + 128
+    assert sheet.getpixel((x, gap + 48)) == (0, 0, 255)
+    assert sheet.getpixel((x, gap + 144)) == (255, 0, 0)
 
 
 def test_bytes_as_served(hub, folder, hub_folder):

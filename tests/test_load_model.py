@@ -1488,6 +1488,12 @@ def test_caption_is_what_the_model_sees(script, monkeypatch, model_folder, image
     _, height, width = seen["image_grid_thw"][0].tolist()
     assert height > width and height * 14 <= 644
     assert not seen["do_sample"]
+    values = seen["pixel_values"].unique()
+    drawing = Image.new("LA", (280, 280), (0, 0))
+    drawing.save(images / "1.png")
+    script.caption(model, images / "1.png")
+    white = seen["pixel_values"].unique()
+    assert len(white) <= 3 and white.min() > values.min(), "clear ground is seen as white"
     processor = script.AutoProcessor.from_pretrained(model_folder)
     assert script.QUESTION in processor.decode(seen["input_ids"][0])
 
@@ -1513,6 +1519,10 @@ def test_why_no_image_is_captioned(script, monkeypatch, capsys, model_folder, im
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
     (images / "1.jpg").write_bytes(b"not an image")
     assert "though the model is whole: cannot identify image file" in reason()
+    Image.new("1", (100, 100)).save(images / "1.jpg", "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        assert "though the model is whole: Image size (10000 pixels) exceeds" in reason()
     shutil.rmtree(images)
     assert "holds none. data2csv.py downloads some" in reason()
 

@@ -188,7 +188,7 @@ def run_train_py(run: Run, folder: Path) -> None:
 
     train.training_arguments = without_evaluation
     train.save_result = save_unjudged
-    train.leave_swanlab = lambda code: None  # so that cost.json can be written
+    train.leave = lambda code: None  # so that cost.json can be written
     train.main()
 
 
