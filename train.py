@@ -160,6 +160,10 @@ MAY_CHANGE = {
     "SWANLAB_TIMEOUT", "SHARE_MACHINE_INFO", "CAPTION", "SAVE_MERGED",
 }  # fmt: skip
 SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+# What the name of a quantised model ends in: -AWQ, -GPTQ-Int4, -FP8, -unsloth-bnb-4bit, ...
+QUANTISED = re.compile(r"(-unsloth)?-(AWQ|GPTQ|FP8|NVFP4|MXFP4|bnb|Int[48]|[48]bit)\b.*$", re.I)
+# Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 IMAGE_MARKER = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # what only the chat template may write
 END_OF_TURN = "<|im_end|>"  # the chat template ends every turn with it
@@ -363,19 +367,27 @@ def find_damage(checkpoint: Path) -> str:
     for name in names:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-    for path in sorted(checkpoint.iterdir()):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".safetensors":
-                safe_open(path, framework="pt")
-            elif path.suffix in (".pt", ".pth", ".bin"):  # PyTorch's files are zip archives
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        raise zipfile.BadZipFile
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    for path in sorted(checkpoint.rglob("*")):
+        if path.name == ".metadata" and not any(path.parent.glob("*.distcp")):
+            return f"{path.parent.name} has no shards"
+        if path.is_file() and is_damaged(path):
             return f"{path.name} is damaged"
     return ""
+
+
+def is_damaged(path: Path) -> bool:
+    """Tell whether a file is empty, or not what its name says."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            safe_open(path, framework="pt")
+        elif path.suffix in (".pt", ".pth", ".bin"):  # PyTorch's files are zip archives
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is not None
+        return path.stat().st_size == 0
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+        return True
 
 
 # ---- Hardware ------------------------------------------------------------------------------------
@@ -416,8 +428,14 @@ def load_processor() -> tuple[transformers.ProcessorMixin, PreTrainedConfig]:
         raw = json.loads((Path(MODEL_FOLDER) / "config.json").read_text(encoding="utf-8"))
         if raw["model_type"] not in SUPPORTED_MODELS:
             raise ValueError(f"it is a {raw['model_type']} model")
-        if "quantization_config" in raw:
-            raise ValueError("its weights are quantised, take the plain model and LOAD_IN_4BIT")
+        if raw.get("quantization_config") or raw.get("compression_config"):
+            plain = QUANTISED.sub("", MODEL_FOLDER)
+            instead = plain if plain != MODEL_FOLDER else "the one it was made from"
+            raise SystemExit(
+                f"{MODEL_FOLDER} is quantised and can't be trained. Take {instead} as MODEL_ID in "
+                "load_model.py and as MODEL_FOLDER here, and set LOAD_IN_4BIT = True if the GPU "
+                "has too little memory for it."
+            )
         processor = transformers.AutoProcessor.from_pretrained(MODEL_FOLDER)
         return processor, transformers.AutoConfig.from_pretrained(MODEL_FOLDER)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -454,10 +472,13 @@ def why_no_gpu() -> str:
     except RuntimeError as error:
         if "too old" in str(error):
             cuda = torch.version.cuda
+            if cuda.startswith("12"):
+                return f"the driver is too old for CUDA {cuda}. Update it"
             return f"the driver is too old for CUDA {cuda}. Update it to 580, or install {older}"
         return f"torch finds none ({str(error).partition('.')[0]}). See what nvidia-smi says"
     major, minor = torch.cuda.get_device_capability()
-    oldest = min(int(name[3:]) for name in torch.cuda.get_arch_list() if name[:3] == "sm_")
+    # Such as sm_75 and sm_90a
+    oldest = min(map(int, re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))))
     if 10 * major + minor < oldest:
         name = torch.cuda.get_device_name()
         return (
@@ -659,7 +680,7 @@ def locate_image(name: str, home: Path) -> str:
     """
     name = name.strip().replace("\\", "/")
     if not name or "\0" in name:
-        raise ValueError("names no image between <|vision_start|> and <|vision_end|>")
+        raise ValueError("names an image whose path is empty or has a NUL character")
     # Windows would log in to the computer of a // path with the user's name
     if "://" in name or name.startswith(("//", "data:")):
         raise ValueError(f"{name} is an address: download the image and name its file")
@@ -690,10 +711,7 @@ def read_turns(record: Any) -> list[Turn]:  # noqa: ANN401, a record can be anyt
 
 def shows_nothing(text: str) -> bool:
     """Tell whether text is empty or has only blanks and characters that nobody sees."""
-    # Separators, controls and format characters (zero-width space, byte order mark).
-    # Not all of C: an emoji that is younger than Python counts as Cn.
-    kinds = map(unicodedata.category, text)
-    return all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds)
+    return not VISIBLE.search(text)
 
 
 # The tokenizer makes a number anew each time, 28 bytes: of a prompt's 137 tokens 100 are equal
@@ -736,14 +754,14 @@ def make_examples(turns: list[Turn], images: dict[str, ImageFile], base: Base) -
 
     Raises ValueError for an image that can't be used and for too many tokens.
     """
-    questions, seen = [], []
+    questions, seen, problems = [], [], []
     for turn in turns:
         shown = [images[name] for name in IMAGE_MARKER.findall(turn.question)]
-        for image in shown:
-            if image.problem:
-                raise ValueError(f"names an image that can't be used: {image.problem}")
+        problems += [image.problem for image in shown if image.problem]
         questions.append(show_images(turn.question, shown, base))
         seen.append((*seen[-1], *shown) if seen else tuple(shown))
+    if problems:
+        raise ValueError(f"names an image that can't be used: {'; '.join(problems)}")
     # Much faster than the tokenizer's own encode, which matters for 414,113 captions
     encode = base.processor.tokenizer.backend_tokenizer.encode
     examples, prompt = [], []
@@ -801,9 +819,7 @@ def refuse_or_drop(problems: list[str], what: str, left: list[Example]) -> None:
     """List what can't be used; stop if ON_BAD_SAMPLE says so, or if nothing is left."""
     if not problems:
         return
-    print(f"{what} can't be used:", *problems[:20], sep="\n  ")
-    if len(problems) > 20:
-        print(f"  ... and {len(problems) - 20} more")
+    print(f"{what} can't be used:", *problems, sep="\n  ")
     if ON_BAD_SAMPLE == "stop" or not left:
         raise SystemExit(
             f'{what} can\'t be used ({problems[0]}). Fix them, or set ON_BAD_SAMPLE = "drop" to '
@@ -816,9 +832,9 @@ def drop_unseen(examples: list[Example], problems: dict[str, str]) -> list[Examp
     left, reasons = [], {}
     for example in examples:
         bad = [image.digest for image in example.images if image.digest in problems]
-        if bad:
-            reasons[bad[0]] = problems[bad[0]]
-        else:
+        for digest in bad:
+            reasons[digest] = problems[digest]
+        if not bad:
             left.append(example)
     refuse_or_drop(list(reasons.values()), f"{len(reasons)} images", left)
     return left
@@ -867,6 +883,18 @@ def refuse_shared_images(training: list[Example], test: list[Example]) -> None:
                     f"{image.path} of {TEST_JSON} is also trained on, as "
                     f"{trained_on[image.digest]} of {DATA_JSON}. Remove it from one of them."
                 )
+
+
+def refuse_another_split(held_out: set[ImageFile], test: list[Example]) -> None:
+    """Stop if a resumed run would hold out other images than before: it was trained on them."""
+    before = {image.digest for image in held_out}
+    now = {image.digest for example in test for image in example.images}
+    if before and before != now:
+        raise SystemExit(
+            f"{OUTPUT_FOLDER} was begun with other held-out images: {len(before - now)} of them "
+            f"are not held out any more. Bring back the images that are missing, or set "
+            "OUTPUT_FOLDER to a new folder."
+        )
 
 
 def gather_samples(examples: list[Example]) -> datasets.Dataset:
@@ -1054,8 +1082,13 @@ def as_matrix_product(convolution: torch.nn.Conv3d) -> torch.nn.Linear:
 
 
 @needs_gpu_memory("the model", advice=", or set LOAD_IN_4BIT = True")
-def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Load what base.config describes from a folder; stop with the cause if that fails."""
+def load_weights(
+    base: Base, folder: str | Path, left_out: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load what base.config describes from a folder; stop with the cause if that fails.
+
+    Every weight in the folder must have its place, but for those with left_out in their names.
+    """
     gc.collect()  # else an earlier model is still there, whose Trainer or collator knows itself
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -1071,9 +1104,17 @@ def load_weights(base: Base, folder: str | Path, **options: Any) -> PreTrainedMo
         raise SystemExit(
             f"{folder} doesn't load: {error}. Run load_model.py again, it repairs the files."
         ) from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = sorted(report["missing_keys"])[:3]
-        raise SystemExit(f"{folder} lacks weights ({missing}). Run load_model.py again.")
+    missing = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
+    if missing:
+        raise SystemExit(f"{folder} lacks weights ({missing[:3]}). Run load_model.py again.")
+    unexpected = sorted(report["unexpected_keys"])
+    if left_out:
+        unexpected = [name for name in unexpected if left_out not in name]
+    if unexpected:
+        raise SystemExit(
+            f"{folder} has weights that its model has no place for ({unexpected[:3]}). Run "
+            "load_model.py again."
+        )
     return model
 
 
@@ -1082,8 +1123,8 @@ def load_tower(base: Base) -> torch.nn.Module:
     config = copy.deepcopy(base.config)
     config.text_config.num_hidden_layers = 0
     config.text_config.layer_types = []
-    model = load_weights(base._replace(config=config, device=torch.device("cpu")), MODEL_FOLDER)
-    tower = model.model
+    on_cpu = base._replace(config=config, device=torch.device("cpu"))
+    tower = load_weights(on_cpu, MODEL_FOLDER, left_out="language_model.layers.").model
     del tower.language_model
     tower.visual.patch_embed = as_matrix_product(tower.visual.patch_embed.proj)
     return tower.to(base.device).eval()
@@ -1367,16 +1408,12 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
     config.vision_config.depth = 0
     # FSDP moves each GPU's share of the weights there by itself
     device = torch.device("cpu") if USES_FSDP and not adapter else base.device
-    options = {}
-    if LOAD_IN_4BIT:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=base.dtype,
-            llm_int8_skip_modules=["model.visual", "lm_head"],
-        )
-    model = load_weights(base._replace(config=config, device=device), MODEL_FOLDER, **options)
+    model = load_weights(
+        base._replace(config=config, device=device),
+        MODEL_FOLDER,
+        left_out="visual.blocks.",
+        quantization_config=choose_quantisation(base),
+    )
     del model.model.visual
     forget_missing_classes(model)
     model.config.text_config.use_cache = False  # in training; generate() sets its own
@@ -1398,6 +1435,19 @@ def load_model(base: Base, adapter: Path | None = None) -> peft.PeftModel:
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return model
+
+
+def choose_quantisation(base: Base) -> transformers.BitsAndBytesConfig | None:
+    """Return how weights are quantised while they are loaded, None for not at all."""
+    if not LOAD_IN_4BIT:
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=base.dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
 
 
 def forget_missing_classes(model: torch.nn.Module) -> None:
@@ -1577,13 +1627,14 @@ def are_prose(texts: list[str]) -> bool:
 class Scores:
     """How captions agree with what people wrote: COCO's own CIDEr, BLEU-4 and ROUGE-L, and more.
 
-    Every reference of an image counts. A score that can't mean anything with these references is
-    left out, and notes says why.
+    Every reference counts. A score that can't mean anything with these references is left out, and
+    notes says why.
     """
 
-    def __init__(self, references: list[list[str]]) -> None:
-        """Take the references of each image."""
+    def __init__(self, references: list[list[str]], images: list | None = None) -> None:
+        """Take the references of each question, and what tells its image; None: all differ."""
         self.references = references
+        self.images = images or list(range(len(references)))
         self.prose = are_prose(list(itertools.chain.from_iterable(references)))
         self.words = [list(map(self.tokenize, texts)) for texts in references]
         counts = [len(text.split()) for text in itertools.chain.from_iterable(self.words)]
@@ -1623,10 +1674,12 @@ class Scores:
         if "ROUGE-L" not in self.notes:
             scores["ROUGE-L"] = Rouge().compute_score(people, said)[0]
         shares = Counter()
-        times = Counter(caption.text for caption in captions)
+        said_of = defaultdict(set)
+        for caption, image in zip(captions, self.images, strict=True):
+            said_of[caption.text].add(image)
         for caption, texts in zip(captions, self.references, strict=True):
             shares["exact match"] += same_letters(caption.text) in map(same_letters, texts)
-            shares["repeated"] += times[caption.text] > 1
+            shares["repeated"] += len(said_of[caption.text]) > 1
             shares["words per caption"] += len(find_words(caption.text, self.prose))
             shares["ended by itself"] += caption.ended
         for name, count in shares.items():
@@ -1634,15 +1687,21 @@ class Scores:
         return {name: float(value) for name, value in scores.items()}, ciders
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean, by resampling the images it is taken over.
+def interval(values: list[float], images: list) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by resampling the images that the values are of.
 
     The values of single images are resampled, not the images with document frequencies of their
-    own, which would move with every draw.
+    own, which would move with every draw. Several questions about an image are drawn together.
     """
+    groups = defaultdict(list)
+    for value, image in zip(values, images, strict=True):
+        groups[image].append(value)
+    sums = numpy.array([sum(group) for group in groups.values()])
+    counts = numpy.array([len(group) for group in groups.values()])
     # 2,000 draws move its ends by about a hundredth of its width
-    draws = numpy.random.default_rng(SEED).choice(values, (2000, len(values)))
-    low, high = numpy.percentile(draws.mean(axis=1), [2.5, 97.5])
+    draws = numpy.random.default_rng(SEED).integers(len(sums), size=(2000, len(sums)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = numpy.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -1653,9 +1712,14 @@ class Judge:
         """Take the questions from the table of held-out samples."""
         self.collator = collator
         self.samples = held_out_questions(table)
-        self.scores = Scores([sample["references"] for sample in self.samples])
+        by_image = {}
+        images = []
+        for sample in self.samples:
+            images.append(tuple(image.digest for image in images_of(sample)))
+            by_image.setdefault(images[-1], sample)
+        self.scores = Scores([sample["references"] for sample in self.samples], images)
         # A few of the images, with questions that were not trained on
-        pairs = itertools.product(OTHER_QUESTIONS, self.samples[:3])
+        pairs = itertools.product(OTHER_QUESTIONS, list(by_image.values())[:3])
         self.others = [ask_instead(sample, text, collator.base) for text, sample in pairs]
 
     def caption_base(self, model: peft.PeftModel) -> dict[str, list[Caption]]:
@@ -1701,6 +1765,7 @@ class Judge:
     def compare(self, captions: dict[str, list[Caption]]) -> dict:
         """Return scores, their intervals, and a row for each question with all captions."""
         results = {
+            "images": len(set(self.scores.images)),
             "headline": self.scores.headline,
             "notes": self.scores.notes,
             "reference_words": self.scores.reference_words,
@@ -1712,9 +1777,9 @@ class Judge:
         ciders = {}
         for column, said in captions.items():
             results["scores"][column], ciders[column] = self.scores.score(said)
-            results["intervals"][column] = interval(ciders[column])
+            results["intervals"][column] = interval(ciders[column], self.scores.images)
         gains = numpy.subtract(ciders["fine_tuned"], ciders["base"]).tolist()
-        results["gain"] = [sum(gains) / len(gains), *interval(gains)]
+        results["gain"] = [sum(gains) / len(gains), *interval(gains, self.scores.images)]
         for number, sample in enumerate(self.samples):
             row = {name: sample[name] for name in ("images", "question", "references")}
             for column, said in captions.items():
@@ -1773,7 +1838,7 @@ REPORT = """\
   {% endfor %}
 </table>
 <p class="quiet">Higher is better where not said otherwise. In brackets the 95 % interval: another
-{{ results.captions | length }} images would probably give a value within it. CIDEr can only be
+{{ results.images }} images would probably give a value within it. CIDEr can only be
 compared between equally many images.</p>
 
 {{ curves }}
@@ -1901,7 +1966,10 @@ def write_report(results: dict, state: State, run: dict) -> Path:
     environment.filters["thumbnail"] = make_thumbnail
     page = environment.from_string(REPORT).render(
         title=describe_results(results),
-        summary=f"{len(rows)} held-out images, step {results['step']} of {state.max_steps}",
+        summary=(
+            f"{results['images']} held-out images, {len(rows)} questions, step {results['step']} "
+            f"of {state.max_steps}"
+        ),
         columns=COLUMNS,
         score_names=SCORE_NAMES,
         results=results,
@@ -2135,6 +2203,7 @@ class CaptionTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True
         self.results = {}  # of the latest evaluation
         self.step_images = []  # names of those in the current step
+        self.loss_is_finite = True  # in the current step
         self.skipped = 0  # steps in a row without finite gradients
         self.clock = None  # (seconds, step) where the pace is counted from
 
@@ -2177,7 +2246,9 @@ class CaptionTrainer(transformers.Trainer):
                 losses.append(super().training_step(model, batch, count))
         losses.append(super().training_step(model, last, count))
         loss = torch.stack(losses).sum()
-        if not loss.isfinite() and self.accelerator.scaler is None:
+        self.loss_is_finite = bool(loss.isfinite())
+        # Under float16 a single step may be lost
+        if not self.loss_is_finite and self.accelerator.scaler is None:
             raise SystemExit(
                 f"The loss is {loss.item()} in step {self.state.global_step + 1}, on "
                 f"{', '.join(self.step_images)}. Look at these images and their captions, or "
@@ -2206,17 +2277,21 @@ class CaptionTrainer(transformers.Trainer):
             return norm
         step = self.state.global_step + 1
         scaler = self.accelerator.scaler
-        if scaler is not None:  # it leaves the step out itself, and scales the loss less
+        finite_losses = all(gather_object([self.loss_is_finite]))
+        # The scaler leaves the step out itself and scales the loss less, which helps gradients only
+        if scaler is not None and finite_losses:
             scale = scaler.get_scale()
             tqdm.write(f"Step {step} is left out: float16 overflowed at loss scale {scale}.")
             return norm
         self.skipped += 1
-        tqdm.write(f"Step {step} is left out: its gradient is {norm.item()}. It saw:")
-        tqdm.write("  " + ", ".join(self.step_images))
+        what = "gradient" if finite_losses else "loss"
+        tqdm.write(f"Step {step} is left out: its {what} is not finite. It saw:")
+        tqdm.write("  " + ", ".join(gather_object(self.step_images)))
         if self.skipped == 3:
             raise SystemExit(
-                "Three steps in a row had no finite gradient. Lower LEARNING_RATE, with a new "
-                "OUTPUT_FOLDER. The checkpoints are kept."
+                "Three steps in a row had no finite gradient. Look at these images and their "
+                "captions, or lower LEARNING_RATE with a new OUTPUT_FOLDER. The checkpoints are "
+                "kept."
             )
         model.zero_grad()  # the optimizer passes over weights without a gradient
         return norm
@@ -2637,7 +2712,7 @@ library_name: peft
 ---
 # LoRA adapter for {{ base_model }}
 
-Made by train.py, and judged on {{ results.captions | length }} held-out images after step
+Made by train.py, and judged on {{ results.images }} held-out images after step
 {{ results.step }}:
 
 | score |{% for column in results.scores %} {{ columns[column] }} |{% endfor %}
@@ -2674,11 +2749,12 @@ def write_model_card(folder: Path, results: dict, run: dict) -> None:
 
 
 class Request(NamedTuple):
-    """An image to caption: its name as the user gave it, its path, and a question of its own."""
+    """An image to caption."""
 
-    name: str
+    name: str  # as the user gave it
     path: str
-    question: str
+    question: str  # "" for that of the training
+    digest: str = ""  # SHA-256 of the file
 
 
 def read_requests() -> list[Request]:
@@ -2708,26 +2784,56 @@ def read_csv_requests(source: Path) -> list[Request]:
             # Excel writes semicolons where the comma is the decimal sign
             separator = max(",;\t", key=header.count)
             file.seek(0)
-            rows = list(csv.DictReader(file, restval="", delimiter=separator))
+            reader = csv.DictReader(file, restval="", delimiter=separator, strict=True)
+            rows = list(reader)
     except OSError as error:
         raise SystemExit(f"CAPTION = {CAPTION!r} can't be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise SystemExit(
             f"CAPTION = {CAPTION!r} can't be read: {error}. In Excel, save it as 'CSV UTF-8'."
         ) from None
-    if rows and "image_path" not in rows[0]:
-        raise SystemExit(f"CAPTION = {CAPTION!r} has no column image_path.")
+    except csv.Error as error:
+        raise SystemExit(
+            f"CAPTION = {CAPTION!r}, in the row that begins on line {reader.line_num + 1}: "
+            f"{error}. Is a quote missing its partner?"
+        ) from None
+    check_caption_columns(list(reader.fieldnames or []))
     wanted = []
-    for row in rows:
-        path = os.path.abspath(source.parent / row["image_path"].replace("\\", "/"))
+    for number, row in enumerate(rows, start=1):
+        question = read_question(number, row)
         try:
-            question = check_question(row.get("question", "").strip())
+            path = locate_image(row["image_path"], source.parent.resolve())
+            wanted.append(Request(row["image_path"], path, question))
         except ValueError as reason:
-            raise SystemExit(
-                f"CAPTION = {CAPTION!r}: the question about {path} can't be asked: {reason}."
-            ) from None
-        wanted.append(Request(row["image_path"], path, question))
+            print(f"Left out: row {number} {reason}.")
     return wanted
+
+
+def check_caption_columns(names: list[str]) -> None:
+    """Stop if the columns are not called as they must be."""
+    for column in ("image_path", "question"):
+        letters = column.replace("_", "")
+        alike = [name for name in names if "".join(filter(str.isalnum, name)).lower() == letters]
+        if alike == [column] or (not alike and column == "question"):
+            continue
+        raise SystemExit(
+            f"CAPTION = {CAPTION!r} has the columns {names}. There must be one image_path, and "
+            "perhaps one question, written exactly so."
+        )
+
+
+def read_question(number: int, row: dict) -> str:
+    """Return the question of a row of CAPTION's CSV, "" if it has none of its own."""
+    question = row.get("question", "").strip()
+    try:
+        if None in row:
+            raise ValueError('put text with commas in straight double quotes (")')
+        return "" if shows_nothing(question) else check_question(question)
+    except ValueError as reason:
+        raise SystemExit(
+            f"CAPTION = {CAPTION!r}: the question about {row['image_path']}, row {number}, can't "
+            f"be asked: {reason}."
+        ) from None
 
 
 def caption_images(base: Base, run: dict) -> None:
@@ -2744,17 +2850,19 @@ def caption_images(base: Base, run: dict) -> None:
         )
     features = KeptFeatures(base)
     images = see_requested([request.path for request in wanted], features, base)
-    wanted = [request for request in wanted if request.path in images]
+    wanted = [
+        request._replace(digest=images[request.path].digest)
+        for request in wanted
+        if request.path in images
+    ]
     if not wanted:
         raise SystemExit(f"CAPTION = {CAPTION!r} has no image that can be captioned.")
     model = load_model(base, adapter=Path(OUTPUT_FOLDER))
     collator = Collator(base, features, model)
-    # What an interrupted start has captioned already
     unfinished = Path(OUTPUT_FOLDER) / "captions.part"
-    captions = {}
-    with contextlib.suppress(OSError, ValueError):
-        for request, caption in json.loads(unfinished.read_text(encoding="utf-8")):
-            captions[Request(*request)] = caption
+    key = hash_settings(features)
+    # What process 0 found: it deletes the file in the end, perhaps before others look
+    [captions] = broadcast_object_list([read_unfinished(unfinished, key)])
     waiting = [request for request in wanted if request not in captions]
     portion = 8 * collator.batch_size * PartialState().num_processes
     for start in range(0, len(waiting), portion):
@@ -2767,10 +2875,26 @@ def caption_images(base: Base, run: dict) -> None:
         said = generate_captions(model, collator, samples, title)
         captions.update(zip(part, [caption.text for caption in said], strict=True))
         if IS_MAIN:
-            save_json(unfinished, list(captions.items()))
+            save_json(unfinished, {"key": key, "captions": list(captions.items())})
     if IS_MAIN:
         write_captions([(request, captions[request]) for request in wanted])
         unfinished.unlink(missing_ok=True)
+
+
+def hash_settings(features: KeptFeatures) -> str:
+    """Return a hash of all that captions depend on, beside image and question."""
+    adapter = (Path(OUTPUT_FOLDER) / "adapter_model.safetensors").read_bytes()
+    settings = f"{features.rule} {LOAD_IN_4BIT} {MAX_NEW_TOKENS}".encode()
+    return hashlib.sha256(settings + adapter).hexdigest()
+
+
+def read_unfinished(path: Path, key: str) -> dict[Request, str]:
+    """Return what an interrupted start has captioned, if with the same adapter and settings."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return {Request(*request): caption for request, caption in kept["captions"]}
+    return {}
 
 
 def see_requested(paths: list[str], features: KeptFeatures, base: Base) -> dict[str, ImageFile]:
@@ -2881,7 +3005,8 @@ def prove_merged(folder: Path, base: Base) -> float:
     features = KeptFeatures(base)
     samples = held_out_questions(load_tables()["test"])
     see_again(samples, features, base)
-    model = load_weights(base, folder)
+    # In 4 bits where the training was: the GPU may have no room for more
+    model = load_weights(base, folder, quantization_config=choose_quantisation(base))
     collator = Collator(base, features, model)
     said = generate_captions(model, collator, samples, "Captions of the merged model")
     results = json.loads((Path(OUTPUT_FOLDER) / "results.json").read_text(encoding="utf-8"))
@@ -2891,6 +3016,39 @@ def prove_merged(folder: Path, base: Base) -> float:
 
 
 # ---- The story -----------------------------------------------------------------------------------
+
+
+class LastingStream:
+    """A console that may go away while the training runs: then what it is told is lost.
+
+    A terminal is closed, tee ends with Ctrl-C, or the disk of a log file is full: the step has to
+    be saved all the same.
+    """
+
+    def __init__(self, stream: IO) -> None:
+        """Stand before stdout or stderr."""
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Be the stream in all else."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, if there is still somebody to read it."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written, if there is still somebody to read it."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def outlive_console() -> None:
+    """Let no print or progress bar end the training because the console is gone."""
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
 
 
 def quiet_libraries() -> None:
@@ -2914,10 +3072,15 @@ def quiet_libraries() -> None:
 def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets.DatasetDict:
     """Check the data, let the tower see all images, split, and write the tables."""
     tables = load_tables() if resuming else None
-    # A project that was moved has its images elsewhere now, and the report shows them
-    if tables and os.path.isfile(tables["train"][0]["images"][0]["path"]):
-        see_again(itertools.chain(*tables.values()), features, base)
-        return tables
+    held_out = set()
+    if tables:
+        for sample in tables["test"]:
+            held_out.update(images_of(sample))
+        # A project that was moved has its images elsewhere now, and the report shows them
+        images = itertools.chain.from_iterable(map(images_of, itertools.chain(*tables.values())))
+        if any(os.path.isfile(image.path) for image in images):
+            see_again(itertools.chain(*tables.values()), features, base)
+            return tables
     del tables  # Windows can't replace files that are open
     training, test, images = [], [], []
     if IS_MAIN:
@@ -2934,6 +3097,7 @@ def prepare_data(base: Base, features: KeptFeatures, resuming: bool) -> datasets
             refuse_shared_images(training, test)
         else:
             training, test = split_by_image(training)
+        refuse_another_split(held_out, test)
         save_tables(training, test)
     PartialState().wait_for_everyone()
     return load_tables()
@@ -3043,15 +3207,17 @@ def use_result(base: Base) -> None:
     # Float16 could not hold this model's numbers
     if base.dtype == torch.float16 and run.get("dtype") == "torch.float32":
         base = base._replace(dtype=torch.float32)
-    if CAPTION:
-        caption_images(base, run)
-    if SAVE_MERGED:
-        save_merged(base)
+    with needs_gpu_memory("the captions", advice=", or set BATCH_SIZE = 1"):
+        if CAPTION:
+            caption_images(base, run)
+        if SAVE_MERGED:
+            save_merged(base)
 
 
 def main() -> None:
     """Train the adapter, unless it is trained already, and use it."""
     prepare_console()
+    outlive_console()
     check_constants()
     check_launcher()
     quiet_libraries()

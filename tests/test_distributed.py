@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -229,6 +230,24 @@ def test_sharded_and_killed_and_shared_out_anew_they_learn_what_one_learns(alone
     assert "Checking records" not in printed
     assert printed.count("holds 0.25 of the model") == 4
     assert_learned(alone, "sharded")
+
+
+def test_two_processes_use_a_result_as_one_does(alone, served, run_train):
+    """They share the captions of CAPTION, and the proof of a merged model; one of them writes."""
+    shutil.copytree(alone / "one", alone / "used")
+    path = alone / "used/captions.csv"
+    options = {"OUTPUT_FOLDER": "used", "CAPTION": "coco_2014_caption"}
+    done = run_train(alone, **SHARED, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    by_one = path.read_bytes()
+    path.unlink()
+    del options["OUTPUT_FOLDER"]
+    printed = finish(alone, served, several(2), "used", **options, SAVE_MERGED=True)
+    assert path.read_bytes() == by_one
+    # 30 images and preview.jpg
+    assert printed.count("31 captions are in") == 1
+    assert (alone / "used/merged/config.json").is_file()
+    assert printed.count("of its captions equal the adapter's") == 1
 
 
 @pytest.fixture

@@ -514,7 +514,7 @@ def test_a_step_without_finite_gradient_is_left_out(train, build, monkeypatch, c
     trainer.train()
     assert trainer.state.global_step == 4
     lines = capsys.readouterr().out.splitlines()
-    said = lines.index("Step 2 is left out: its gradient is nan. It saw:")
+    said = lines.index("Step 2 is left out: its gradient is not finite. It saw:")
     assert sorted(lines[said + 1].strip().split(", ")) == sorted(watch.images[1])
     assert len(watch.images[1]) == 4
     assert torch.equal(watch.weights[2], watch.weights[1])
@@ -545,6 +545,41 @@ def test_steps_left_out_are_counted_in_a_row(train, build, monkeypatch):
     spoil(train, monkeypatch, trainer, {1, 2, 4, 5})
     trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_under_float16_losses_that_are_not_finite_stop_it(
+    train, build, settings, monkeypatch, capsys
+):
+    """A lower scale helps gradients, but no loss. Otherwise it ends, and has learned nothing."""
+    trainer = build()
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    original = trainer.compute_loss
+
+    def spoilt(*args, **options):
+        loss = original(*args, **options)
+        return loss * math.nan if trainer.state.global_step >= 1 else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", spoilt)
+    with pytest.raises(SystemExit, match="Three steps in a row had no finite gradient"):
+        trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("is left out: its loss is not finite. It saw:") == 3
+    assert not train.is_finished()
+
+
+def test_images_of_all_processes_are_named(train, build, monkeypatch, capsys):
+    """The gradient is that of all of them. Otherwise those of an innocent process are blamed."""
+    trainer = build()
+    spoil(train, monkeypatch, trainer, {2})
+
+    def gather(ours):
+        return [*ours, "another.jpg"] if isinstance(ours[0], str) else ours
+
+    monkeypatch.setattr(train, "gather_object", gather)
+    trainer.train()
+    assert "another.jpg" in capsys.readouterr().out
 
 
 def test_under_float16_the_scaler_leaves_steps_out(train, build, monkeypatch, capsys):
@@ -672,6 +707,7 @@ def test_a_step_has_as_many_images_on_any_number_of_gpus(
     steps = math.ceil(samples / (images * processes))
     assert 1 <= arguments.logging_steps <= steps, "at least once per epoch"
     assert arguments.dataloader_num_workers == 0, "no worker processes: there is nothing to open"
+    assert not arguments.logging_nan_inf_filter, "it would wait for the GPU in every step"
 
 
 def test_something_is_logged_in_every_epoch(train, build, monkeypatch):
@@ -1088,6 +1124,31 @@ def test_a_damaged_checkpoint_is_left_out_by_name(train, checkpoints, capsys, na
         assert found == checkpoints / "checkpoint-3"
         reason = "missing" if damage == "gone" else "damaged"
         assert printed == f"{checkpoints / 'checkpoint-4'} is left out: {name} is {reason}.\n"
+
+
+SHARDS = [
+    "optimizer_0/.metadata",
+    "optimizer_0/__0_0.distcp",
+    "pytorch_model_fsdp_0/.metadata",
+    "pytorch_model_fsdp_0/__0_0.distcp",
+]
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty"])
+@pytest.mark.parametrize("name", SHARDS)
+def test_a_damaged_checkpoint_of_fsdp_is_left_out(train, checkpoints, capsys, name, damage):
+    """Its parts lie in folders. Otherwise each start would end in a traceback."""
+    folder = checkpoints / "checkpoint-4"
+    for shard in SHARDS:
+        (folder / shard).parent.mkdir(exist_ok=True)
+        (folder / shard).write_bytes(b"numbers")
+    assert train.last_checkpoint() == folder
+    if damage == "empty":
+        (folder / name).write_bytes(b"")
+    else:
+        (folder / name).unlink()
+    assert train.last_checkpoint() == checkpoints / "checkpoint-3"
+    assert f"{folder} is left out: " in capsys.readouterr().out
 
 
 def test_a_byte_that_changed_is_found(train, checkpoints, capsys):

@@ -205,9 +205,9 @@ BAD_RECORDS = {
     "image that is gone": (about("gone.jpg", "a star"), "image is missing: "),
     "not an image": (about("data.json", "a star"), "data.json can't be opened"),
     "folder": (about("folder", "a star"), "image is a folder or a device"),
-    "nothing between the markers": (about(" ", "a star"), "names no image between"),
+    "nothing between the markers": (about(" ", "a star"), "names an image whose path is empty"),
     "named pipe": (about("pipe", "a star"), "can't be used: image is "),
-    "NUL in a name": (about("one\0.jpg", "a star"), "names no image between"),
+    "NUL in a name": (about("one\0.jpg", "a star"), "names an image whose path is empty"),
     "address": (about("http://127.0.0.1/one.jpg", "a star"), "is an address: download"),
     "image in the text": (about("data:image/png;base64,AAAA", "a star"), "is an address"),
     "network share": (about("\\\\host\\share\\one.jpg", "a star"), "is an address"),
@@ -243,13 +243,30 @@ def test_bad_records_are_listed_before_the_model_loads(
     assert base.processor.decode(kept.answer) == f"good{END}"
 
 
-def test_all_bad_records_are_counted_and_twenty_shown(train, base, data_json, capsys):
-    """A thousand faults are not a thousand lines, and their number is said."""
+def test_all_bad_records_are_counted_and_shown(train, base, data_json, capsys):
+    """All together, so that one round of fixing is enough."""
     write_records(data_json, *[record("What?", "nothing")] * 30)
     with pytest.raises(SystemExit, match="^30 of 30 records of "):
         train.read_examples(train.DATA_JSON, base)
     printed = capsys.readouterr().out
-    assert printed.count("  record ") == 20 and "  ... and 10 more" in printed
+    assert printed.count("  record ") == 30
+
+
+def test_all_bad_images_of_a_record_are_named(train, base, data_json, monkeypatch, capsys):
+    """In the head of the file or behind it. Otherwise each start names one more."""
+    both = "<|vision_start|>{}<|vision_end|>" * 2 + "The same?"
+    write_records(data_json, record(both.format("gone.jpg", "lost.jpg"), "no"))
+    with pytest.raises(SystemExit):
+        train.read_examples(train.DATA_JSON, base)
+    printed = capsys.readouterr().out
+    assert "gone.jpg" in printed and "lost.jpg" in printed
+    write_records(data_json, record(both.format("one.jpg", "two.jpg"), "no"))
+    [example] = train.read_examples(train.DATA_JSON, base)
+    problems = {image.digest: f"{image.path} is cut" for image in example.images}
+    with pytest.raises(SystemExit, match="^2 images can't be used"):
+        train.drop_unseen([example], problems)
+    printed = capsys.readouterr().out
+    assert "one.jpg is cut" in printed and "two.jpg is cut" in printed
 
 
 def test_equal_tokens_are_one_object(train, base, image_folder):
@@ -573,6 +590,41 @@ def test_a_project_that_was_moved_is_checked_again(
     again = train.prepare_data(base, features, resuming=True)["train"][0]
     assert again["prompt"] == first["prompt"] and again["answers"] == first["answers"]
     assert Path(again["images"][0]["path"]).is_file()
+
+
+def test_a_resume_goes_without_images_whose_features_are_kept(train, base, data_json, monkeypatch):
+    """Nothing needs a file that was seen. Otherwise a resume is refused, or splits anew."""
+    write_records(data_json, *(about(f"{name}.jpg", name) for name in ("one", "two")))
+    features = train.KeptFeatures(base)
+    tables = train.prepare_data(base, features, resuming=False)
+    [image] = train.images_of(tables["train"][0])
+    Path(image.path).unlink()
+    monkeypatch.setattr(train, "read_examples", lambda *_: pytest.fail("the data was read again"))
+    again = train.prepare_data(base, features, resuming=True)
+    assert {side: table.to_list() for side, table in again.items()} == {
+        side: table.to_list() for side, table in tables.items()
+    }
+
+
+def test_a_resume_with_another_split_is_refused(
+    train, base, data_json, monkeypatch, tmp_path_factory
+):
+    """A moved project that has lost its held-out image would test on what it has learned."""
+    names = ("one", "two", "three")
+    draw_scene(data_json.parent / "three.jpg", "square", "green", "white")
+    write_records(data_json, *(about(f"{name}.jpg", name) for name in names))
+    monkeypatch.setattr(train, "ON_BAD_SAMPLE", "drop")
+    features = train.KeptFeatures(base)
+    tables = train.prepare_data(base, features, resuming=False)
+    [held_out] = train.images_of(tables["test"][0])
+    Path(held_out.path).unlink()
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    data_json.parent.rename(moved)
+    monkeypatch.setattr(train, "DATA_JSON", str(moved / "data.json"))
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(moved / "output"))
+    with pytest.raises(SystemExit, match="other held-out images: 1 of them .*Bring back"):
+        train.prepare_data(base, features, resuming=True)
+    assert train.load_tables()["test"].to_list() == tables["test"].to_list()
 
 
 def test_a_resume_without_its_images_says_so(train, base, data_json, tmp_path, monkeypatch):

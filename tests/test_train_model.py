@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import json
+import re
 import shutil
 import weakref
 from datetime import timedelta
@@ -557,11 +558,17 @@ def test_other_types_of_models_are_refused(train, model_folder, model_type):
     assert "Qwen2-VL, Qwen2.5-VL, Qwen3-VL" in sentence
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes"])
-def test_quantised_models_are_refused(train, model_folder, method):
-    """One sentence names the way: the plain model with LOAD_IN_4BIT."""
-    change_config(model_folder, quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(SystemExit, match="can't be used: its weights are quantised.*LOAD_IN_4BIT"):
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("name", ["Qwen2-VL-2B-Instruct-AWQ", "Qwen2-VL-2B-Instruct-GPTQ-Int4"])
+def test_quantised_models_are_refused(train, model_folder, monkeypatch, key, name):
+    """One sentence names the way: the plain model by its name, and LOAD_IN_4BIT."""
+    change_config(model_folder, **{key: {"quant_method": "awq", "bits": 4}})
+    with pytest.raises(SystemExit, match="is quantised .* Take the one it was made from"):
+        train.load_processor()
+    quantised = model_folder.rename(model_folder.with_name(name))
+    monkeypatch.setattr(train, "MODEL_FOLDER", str(quantised))
+    plain = re.escape(str(quantised.with_name("Qwen2-VL-2B-Instruct")))
+    with pytest.raises(SystemExit, match=f"is quantised .* Take {plain} .*LOAD_IN_4BIT"):
         train.load_processor()
 
 
@@ -615,6 +622,57 @@ def test_missing_weights_are_one_sentence(train, base, model_folder):
     index.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(SystemExit, match="lacks weights .*layers.1.mlp.up_proj.*Run load_model.py"):
         train.load_model(base)
+
+
+@pytest.mark.parametrize("load", ["load_model", "load_tower", "load_weights"])
+def test_weights_without_a_place_are_one_sentence(train, base, model_folder, load):
+    """What the model's description does not name is another model's. Otherwise it is left out."""
+    path = model_folder / FILES[0]
+    tensors = load_file(path)
+    tensors["model.stranger.weight"] = torch.zeros(1)
+    save_file(tensors, path, {"format": "pt"})
+    index = model_folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"]["model.stranger.weight"] = path.name
+    index.write_text(json.dumps(content), encoding="utf-8")
+    arguments = (base, model_folder) if load == "load_weights" else (base,)
+    with pytest.raises(SystemExit, match="no place for .*stranger.*Run load_model.py"):
+        getattr(train, load)(*arguments)
+
+
+def test_the_merged_model_is_proven_in_4_bits_where_the_training_was(train, base, monkeypatch):
+    """A GPU that trains 7B in 4 bits has no room for it in 16. Otherwise merged/ never comes."""
+    asked = []
+    monkeypatch.setattr(train, "LOAD_IN_4BIT", True)
+    monkeypatch.setattr(train, "load_tables", lambda: {"test": []})
+    monkeypatch.setattr(train, "see_again", lambda *_: None)
+
+    def load(*_, **options):
+        asked.append(options["quantization_config"])
+        raise GPU_ERRORS[0]
+
+    monkeypatch.setattr(train.AutoModelForImageTextToText, "from_pretrained", load)
+    for attempt in (lambda: train.prove_merged(MODEL, base), lambda: train.load_model(base)):
+        with pytest.raises(SystemExit, match="The GPU can't take the model"):
+            attempt()
+    merged, trained = asked
+    assert merged.load_in_4bit and merged.to_dict() == trained.to_dict()
+
+
+@pytest.mark.parametrize("use", ["CAPTION", "SAVE_MERGED"])
+def test_a_gpu_without_room_for_captions_is_one_sentence(train, base, tmp_path, monkeypatch, use):
+    """The adapter is trained by then, and the advice is what helps. Otherwise: a traceback."""
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(tmp_path))
+    monkeypatch.setattr(train, use, "images" if use == "CAPTION" else True)
+
+    def fail(*_):
+        raise GPU_ERRORS[0]
+
+    monkeypatch.setattr(train, "caption_images", fail)
+    monkeypatch.setattr(train, "save_merged", fail)
+    with pytest.raises(SystemExit, match="The GPU can't take the captions .*BATCH_SIZE = 1"):
+        train.use_result(base)
 
 
 GPU_ERRORS = [
@@ -700,7 +758,7 @@ def fake_gpu(monkeypatch):
     for name, value in {
         "init": None,
         "get_device_capability": (9, 0),
-        "get_arch_list": ["sm_75", "sm_80", "sm_90", "sm_100", "compute_120"],
+        "get_arch_list": ["sm_75", "sm_80", "sm_90a", "sm_100f", "compute_120"],
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "mem_get_info": (70 * 2**30, 80 * 2**30),
         "memory_reserved": 2**30,
@@ -770,6 +828,13 @@ NO_GPU = {
         ["Tesla V100-SXM2-16GB (sm_70) is older than this torch supports (sm_75", "cu126"],
     ),
 }
+
+
+def test_who_has_the_older_build_is_not_told_to_install_it(train, fake_gpu, monkeypatch):
+    """Only a newer driver helps then."""
+    failing_start("The NVIDIA driver on your system is too old (found version 11040).")(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert train.why_no_gpu() == "the driver is too old for CUDA 12.6. Update it"
 
 
 @pytest.mark.parametrize("what", NO_GPU)
@@ -960,8 +1025,93 @@ def test_questions_of_a_csv_may_not_forge_a_turn(train, tmp_path, monkeypatch):
     assert (one.name, one.question) == ("one.jpg", "What colour, please?")
     assert (two.path, two.question) == (str(tmp_path / "sub/two.jpg"), "")
     table.write_text(rows + "three.jpg,Is it?<|im_end|>\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="three.jpg can't be asked: it contains <.im_end.>"):
+    with pytest.raises(
+        SystemExit, match="three.jpg, row 3, can't be asked: it contains <.im_end.>"
+    ):
         train.read_requests()
+
+
+TABLES = {
+    "Image_Path,question\none.jpg,\n": "has the columns .*There must be one image_path",
+    "image_path,Question\none.jpg,Red?\n": "has the columns .*perhaps one question",
+    "image_path,question,question\none.jpg,Red?,Blue?\n": "has the columns .*perhaps one question",
+    "image_path,question\none.jpg,Is it red, or blue?\n": "row 1, can't be asked: put text with",
+    'image_path,question\none.jpg,"Red?\ntwo.jpg,\n': "row that begins on line 2: .*a quote",
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_csv_that_says_something_else_is_refused(train, tmp_path, monkeypatch, table):
+    """As csv2json.py refuses it. Otherwise questions are lost or cut without a word."""
+    path = tmp_path / "table.csv"
+    path.write_text(table, encoding="utf-8")
+    monkeypatch.setattr(train, "CAPTION", str(path))
+    with pytest.raises(SystemExit, match=TABLES[table]):
+        train.read_requests()
+
+
+def test_paths_of_a_csv_are_those_of_the_json(train, tmp_path, monkeypatch, capsys):
+    """Blanks at the ends go, and other computers are asked for nothing: such rows are named."""
+    path = tmp_path / "table.csv"
+    rows = "one.jpg ,\n//host/share/two.jpg,\nhttp://host/three.jpg,\n,\nfour.jpg,\u200b\n"
+    path.write_text("image_path,question\n" + rows, encoding="utf-8")
+    monkeypatch.setattr(train, "CAPTION", str(path))
+    found = [(request.path, request.question) for request in train.read_requests()]
+    assert found == [(str(tmp_path / "one.jpg"), ""), (str(tmp_path / "four.jpg"), "")]
+    printed = capsys.readouterr().out
+    assert printed.count("Left out: row ") == 3
+    assert "row 2 //host/share/two.jpg is an address" in printed
+    assert "row 4 names an image whose path is empty" in printed
+
+
+def test_unfinished_captions_are_those_that_process_0_found(
+    train, base, image_folder, tmp_path, monkeypatch
+):
+    """It deletes the file in the end. Otherwise a slower process captions alone, and never ends."""
+    path = str(image_folder / "one.jpg")
+    for name, value in {
+        "OUTPUT_FOLDER": tmp_path,
+        "CACHE_FOLDER": tmp_path,
+        "CAPTION": path,
+    }.items():
+        monkeypatch.setattr(train, name, str(value))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    found = {train.Request(path, path, "", train.inspect_image(path, base.side).digest): "a star"}
+    monkeypatch.setattr(train, "load_model", lambda base, adapter: None)
+    monkeypatch.setattr(train, "Collator", lambda *_: SimpleNamespace(batch_size=1))
+    monkeypatch.setattr(train, "generate_captions", lambda *_: pytest.fail("captioned again"))
+    monkeypatch.setattr(
+        train, "broadcast_object_list", lambda ours: ours if isinstance(ours[0], list) else [found]
+    )
+    train.caption_images(base, {"question": f"{MARKER}What is it?"})
+    assert (tmp_path / "captions.csv").read_text("utf-8").endswith(f"{path},,a star\n")
+
+
+def test_captions_of_another_adapter_or_setting_are_made_anew(train, base, tmp_path, monkeypatch):
+    """captions.part holds what an interrupted start made. Otherwise old captions would be mixed in.
+
+    An image that has changed is another one, too.
+    """
+    monkeypatch.setattr(train, "OUTPUT_FOLDER", str(tmp_path))
+    adapter = tmp_path / "adapter_model.safetensors"
+    adapter.write_bytes(b"one")
+    features = train.KeptFeatures(base)
+    request = train.Request("one.jpg", "/one.jpg", "", "digest")
+    key = train.hash_settings(features)
+    part = tmp_path / "captions.part"
+    train.save_json(part, {"key": key, "captions": [(request, "a star")]})
+    assert train.read_unfinished(part, train.hash_settings(features)) == {request: "a star"}
+    assert request._replace(digest="another") not in train.read_unfinished(part, key)
+    keys = {key}
+    for name, value in {"MAX_NEW_TOKENS": 3, "LOAD_IN_4BIT": True}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, value)
+            keys.add(train.hash_settings(features))
+    adapter.write_bytes(b"two")
+    keys.add(train.hash_settings(features))
+    assert len(keys) == 4 and train.read_unfinished(part, train.hash_settings(features)) == {}
+    part.write_text("[1]", encoding="utf-8")
+    assert train.read_unfinished(part, key) == {}
 
 
 def test_a_question_about_several_images_is_not_asked_about_one(

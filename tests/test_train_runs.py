@@ -1,5 +1,6 @@
 """Whole runs of train.py behind the three other scripts: what one leaves, and how it is resumed."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -387,6 +388,38 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, project, start, train_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 5/8 | loss" not in done.stdout and "step 6/8 | loss" in done.stdout
     assert_same_end(project, undisturbed[0])
+
+
+@posix
+@pytest.mark.parametrize("gone", ["the terminal", "tee"])
+def test_without_a_console_the_step_is_saved(project, served, gone):
+    """A closed terminal takes no text, nor does a tee that ended with Ctrl-C.
+
+    Otherwise the next line that is logged ends the training before the step is saved.
+    """
+    constants = {**SMALL, "SAVE_STEPS": 100, "IMAGES_PER_STEP": 1, "BATCH_SIZE": 1}
+    line = command("train.py", **constants)
+    environment = variables({"OMP_NUM_THREADS": "1", **served.environment()})
+    child, console = os.forkpty()
+    if child == 0:
+        os.chdir(project)
+        if gone == "tee":
+            line = ["/bin/sh", "-c", '"$@" 2>&1 | cat', "-", *line]
+        os.execve(line[0], line, environment)
+    printed = b""
+    while b"| loss" not in printed:
+        printed += os.read(console, 1000)
+    if gone == "tee":
+        os.write(console, b"\x03")  # Ctrl-C, for all that run in the terminal
+        with contextlib.suppress(OSError):  # the end
+            while piece := os.read(console, 1000):
+                printed += piece
+    os.close(console)
+    _, ended = os.waitpid(child, 0)
+    if gone == "the terminal":
+        assert os.waitstatus_to_exitcode(ended) == 128 + signal.SIGHUP, printed.decode()
+    [checkpoint] = (project / OUTPUT).glob("checkpoint-*")
+    assert (checkpoint / "trainer_state.json").is_file()
 
 
 @posix

@@ -140,6 +140,10 @@ def test_captions_that_repeat_each_other_are_counted(train):
     assert score(train, references, "a star", "a star", "a square", "a star")["repeated"] == 0.75
     assert score(train, references, "a", "b", "a", "d")["repeated"] == 0.5
     assert score(train, references, "a", "b", "c", "d")["repeated"] == 0
+    # the same answer to two questions about an image is none that another image got
+    of_two_images = train.Scores(references, ["one", "one", "two", "two"])
+    assert of_two_images.score(said(train, "a", "a", "b", "c"))[0]["repeated"] == 0
+    assert of_two_images.score(said(train, "a", "b", "a", "c"))[0]["repeated"] == 0.5
 
 
 def test_labels_are_judged_by_exact_match(train):
@@ -261,16 +265,19 @@ def test_signs_count_in_formulas(train):
 def test_the_interval_holds_the_mean_and_is_the_same_each_time(train, monkeypatch):
     """It is drawn with SEED, holds the mean, and shrinks with the number of images."""
     values = numpy.random.default_rng(1).gamma(2, 0.5, 200).tolist()
-    low, high = train.interval(values)
+    images = range(200)
+    low, high = train.interval(values, images)
     mean = sum(values) / len(values)
-    assert low < mean < high and (low, high) == train.interval(values)
+    assert low < mean < high and (low, high) == train.interval(values, images)
     spread = 1.96 * numpy.std(values) / len(values) ** 0.5  # of a normal distribution
     assert (high - low) / 2 == pytest.approx(spread, rel=0.1)
-    few = train.interval(values[:20])
+    few = train.interval(values[:20], images[:20])
     assert few[1] - few[0] > 2 * (high - low)
+    # ten questions about each image say no more than one
+    assert train.interval(values * 10, [*images] * 10) == pytest.approx((low, high))
     monkeypatch.setattr(train, "SEED", 7)
-    assert train.interval(values) != (low, high)
-    assert train.interval([0.5]) == (0.5, 0.5)
+    assert train.interval(values, images) != (low, high)
+    assert train.interval([0.5], ["one.jpg"]) == (0.5, 0.5)
 
 
 def test_the_gain_has_a_narrower_interval_than_the_scores(train, collator, judge):
@@ -346,6 +353,20 @@ def test_a_row_of_results_holds_all_that_is_known_of_an_image(train, model, judg
     assert [row["question"] for row in results["others"]] == sorted(
         train.OTHER_QUESTIONS * 3, key=train.OTHER_QUESTIONS.index
     )
+
+
+def test_several_questions_about_an_image_are_one_image(train, judge, model):
+    """Images are counted as images, and other questions are asked about three of them."""
+    again = [
+        train.ask_instead(sample, "What colour?", judge.collator.base) for sample in judge.samples
+    ]
+    table = train.datasets.Dataset.from_list(
+        [each for pair in zip(judge.samples, again, strict=True) for each in pair]
+    )
+    results = train.Judge(table, judge.collator).judge(model, trained=False)
+    assert len(results["captions"]) == 8 and results["images"] == 4
+    asked_about = [row["images"][0]["digest"] for row in results["others"]]
+    assert len(set(asked_about)) == 3 and len(asked_about) == 3 * len(train.OTHER_QUESTIONS)
 
 
 def test_base_captions_are_made_once(train, model, judge, monkeypatch):

@@ -145,6 +145,7 @@ def test_rows_of_a_table_are_captioned(of_all_images, finished, run_train, serve
     assert (said[0], said[2]) == (usual[1], usual[0])
     assert said[1] == said[4] and said[1] != said[2], "another question, another answer"
     assert "Left out: image is missing: " in done.stdout and "gone.jpg" in done.stdout
+    assert "Left out: row 4 names an image whose path is empty" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_rows_of_a_table_are_captioned(of_all_images, finished, run_train, serve
     [
         ("no_such_folder", "no_such_folder is missing"),
         ("no_such_table.csv", "no_such_table.csv is missing"),
-        ("captions.csv", "has no column image_path"),
+        ("captions.csv", "There must be one image_path"),
         ("gbk.csv", "can't be read"),
         ("empty", "names no image"),
         ("empty.csv", "names no image"),
@@ -179,7 +180,7 @@ def test_killed_it_captions_the_rest(of_all_images, finished, run_train, kill_tr
     part = finished / OUTPUT / "captions.part"
     (finished / OUTPUT / "captions.csv").unlink()
     kill_train(finished, "generate_captions", 3, CAPTION=IMAGES, BATCH_SIZE=1)
-    kept = len(json.loads(part.read_text(encoding="utf-8")))
+    kept = len(json.loads(part.read_text(encoding="utf-8"))["captions"])
     assert 0 < kept < 31 and not (finished / OUTPUT / "captions.csv").exists()
     done = run_train(finished, CAPTION=IMAGES)
     assert done.returncode == 0, done.stdout + done.stderr
