@@ -886,14 +886,13 @@ def refuse_shared_images(training: list[Example], test: list[Example]) -> None:
 
 
 def refuse_another_split(held_out: set[ImageFile], test: list[Example]) -> None:
-    """Stop if a resumed run would hold out other images than before: it was trained on them."""
+    """Stop if a resumed run would hold out other images than before."""
     before = {image.digest for image in held_out}
     now = {image.digest for example in test for image in example.images}
     if before and before != now:
         raise SystemExit(
-            f"{OUTPUT_FOLDER} was begun with other held-out images: {len(before - now)} of them "
-            f"are not held out any more. Bring back the images that are missing, or set "
-            "OUTPUT_FOLDER to a new folder."
+            f"{OUTPUT_FOLDER} was begun with other held-out images, and has learned some of these. "
+            "Bring back the images that are missing, or set OUTPUT_FOLDER to a new folder."
         )
 
 
@@ -1960,16 +1959,16 @@ def write_report(results: dict, state: State, run: dict) -> Path:
     """Write report.html: scores, curves, images with their captions, and all settings."""
     rows = results["captions"]
     ranked = sorted(rows, key=lambda row: row["fine_tuned"]["CIDEr"])
+    judged_on = f"{results['images']} held-out images"
+    if len(rows) > results["images"]:
+        judged_on += f" with {len(rows)} questions"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mark_words_of"] = mark_words_of
     environment.filters["plain"] = lambda question: IMAGE_MARKER.sub(" ", question).strip()
     environment.filters["thumbnail"] = make_thumbnail
     page = environment.from_string(REPORT).render(
         title=describe_results(results),
-        summary=(
-            f"{results['images']} held-out images, {len(rows)} questions, step {results['step']} "
-            f"of {state.max_steps}"
-        ),
+        summary=f"{judged_on}, step {results['step']} of {state.max_steps}",
         columns=COLUMNS,
         score_names=SCORE_NAMES,
         results=results,
@@ -2045,8 +2044,10 @@ class SaveAndStop(transformers.TrainerCallback):
             control.should_save = True
 
     def on_epoch_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
-        """Don't evaluate half an epoch; it is resumed later."""
-        control.should_evaluate = control.should_evaluate and state.epoch.is_integer()
+        """Don't evaluate half an epoch, nor when it has to stop: the next start does it."""
+        stopping = control.should_training_stop and state.global_step < state.max_steps
+        if stopping or not state.epoch.is_integer():
+            control.should_evaluate = False
 
 
 class LogLine(transformers.ProgressCallback):
@@ -2480,7 +2481,7 @@ def training_arguments(base: Base, samples: int, checkpoint: Path | None) -> Arg
     """Return the Trainer's arguments for so many samples to train on."""
     processes = PartialState().num_processes
     # Where there are fewer images than a step takes, each step sees all of them
-    images = max(1, min(IMAGES_PER_STEP, samples) // processes)
+    images = min(IMAGES_PER_STEP // processes, math.ceil(samples / processes))
     steps = math.ceil(samples / (images * processes))
     epoch = 0.0
     if checkpoint:
@@ -2679,8 +2680,8 @@ def finish_swanlab(failure: BaseException | None) -> None:
 def leave(code: int | str | None) -> None:
     """End the process at once if threads of libraries would keep it alive or abort it.
 
-    SwanLab's do the former if it did not finish. Those of a process group, which FSDP does not let
-    go of, may do the latter while Python ends.
+    SwanLab's keep it alive if it did not finish. Those of a process group, which FSDP never lets
+    go of, may abort it while Python ends.
     """
     if swanlab.has_run() or PartialState().num_processes > 1:
         sys.stdout.flush()

@@ -188,12 +188,16 @@ def test_one_killed_process_ends_all_and_one_alone_resumes(alone, served, run_tr
 
 @posix
 def test_stopped_by_signals_no_step_is_lost(alone, served):
-    """torchrun passes on a scheduler's SIGTERM and Ctrl-C, and gives them 30 seconds to save.
+    """torchrun passes on a scheduler's SIGTERM, Ctrl-C and a closed terminal; 30 seconds to save.
 
     Whatever starts them next, as many or more, resumes behind the step that was saved.
     """
     last = 0
-    launchers = {"SIGTERM": several(2), "SIGINT": accelerated(2, "--multi_gpu")}
+    launchers = {
+        "SIGTERM": several(2),
+        "SIGINT": accelerated(2, "--multi_gpu"),
+        "SIGHUP": several(2),
+    }
     for sent, launcher in launchers.items():
         run = start(alone, served, launcher, "stopped")
         wait_for("| loss", alone / "stopped.log", run)

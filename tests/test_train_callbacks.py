@@ -410,9 +410,16 @@ def test_epochs_are_saved_and_half_of_one_is_not_judged(train):
     stopper.number = signal.SIGTERM
     control = step_end(train, stopper, 1.5)
     assert control.should_save and control.should_training_stop
-    for epoch, judged in ((1.5, False), (2.0, True)):
-        control = SimpleNamespace(should_evaluate=True)
-        stopper.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
+    # stopped within an epoch, at its end, and in the last step of all
+    for epoch, stopped, step, judged in (
+        (1.5, True, 6, False),
+        (2.0, False, 8, True),
+        (2.0, True, 8, False),
+        (3.0, True, 12, True),
+    ):
+        control = SimpleNamespace(should_evaluate=True, should_training_stop=stopped)
+        state = SimpleNamespace(epoch=epoch, global_step=step, max_steps=12)
+        stopper.on_epoch_end(None, state, control)
         assert control.should_evaluate == judged
 
 
@@ -693,18 +700,32 @@ def test_batch_size_changes_nothing_of_what_is_learned(train, build, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("samples", "processes", "images"), [(500, 1, 16), (500, 4, 4), (5, 1, 5), (5, 4, 1), (1, 1, 1)]
+    ("samples", "processes", "images"),
+    [
+        (500, 1, 16),
+        (500, 4, 4),
+        (10, 1, 10),
+        (10, 4, 3),
+        (5, 1, 5),
+        (5, 4, 2),
+        (1, 1, 1),
+        (1, 4, 1),
+    ],
 )
 def test_a_step_has_as_many_images_on_any_number_of_gpus(
     train, base, settings, monkeypatch, samples, processes, images
 ):
-    """IMAGES_PER_STEP is shared by the processes; small data are seen whole in each step."""
+    """IMAGES_PER_STEP is shared by the processes; small data are seen whole in each step.
+
+    So the steps are as many, and a run may be resumed on another number of GPUs.
+    """
     monkeypatch.setattr(train, "IMAGES_PER_STEP", 16)
     monkeypatch.setattr(train, "LOG_STEPS", 100)
     monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=processes))
     arguments = train.training_arguments(base, samples, None)
     assert arguments.per_device_train_batch_size == images
     steps = math.ceil(samples / (images * processes))
+    assert steps == math.ceil(samples / 16)
     assert 1 <= arguments.logging_steps <= steps, "at least once per epoch"
     assert arguments.dataloader_num_workers == 0, "no worker processes: there is nothing to open"
     assert not arguments.logging_nan_inf_filter, "it would wait for the GPU in every step"

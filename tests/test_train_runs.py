@@ -376,13 +376,16 @@ def test_stopped_by_signals_it_loses_no_step(undisturbed, project, start, train_
         assert done.returncode == 128 + getattr(signal, sent)
         assert "Stopped. Finished files are kept. Run again to continue." in done.stderr
     step = 0
-    for calls, sent in ((1, "SIGINT"), (2, "SIGTERM"), (2, "SIGHUP")):
+    # the second time at the end of an epoch: it is judged by the next start
+    for calls, sent in ((1, "SIGINT"), (3, "SIGTERM"), (1, "SIGHUP")):
         step += calls
         done = train_runner.end(start(project, at=("CaptionTrainer.training_step", calls, sent)))
         assert done.returncode == 128 + getattr(signal, sent), done.stdout + done.stderr
         assert "Stopping after this step, which will be saved" in done.stderr
         assert f"Stopped at step {step}, which is saved. Run again to resume." in done.stdout
         assert "Traceback" not in done.stderr
+        assert "held-out loss" not in done.stdout.partition(f"step {step}/8 | loss")[2]
+        assert ("step 4/8 | held-out loss" in done.stdout) == (step == 5)
         assert (project / OUTPUT / f"checkpoint-{step}/trainer_state.json").is_file()
     done = run_train(project)
     assert done.returncode == 0, done.stdout + done.stderr

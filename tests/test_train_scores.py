@@ -355,7 +355,7 @@ def test_a_row_of_results_holds_all_that_is_known_of_an_image(train, model, judg
     )
 
 
-def test_several_questions_about_an_image_are_one_image(train, judge, model):
+def test_several_questions_about_an_image_are_one_image(train, judge, model, no_curves):
     """Images are counted as images, and other questions are asked about three of them."""
     again = [
         train.ask_instead(sample, "What colour?", judge.collator.base) for sample in judge.samples
@@ -365,6 +365,8 @@ def test_several_questions_about_an_image_are_one_image(train, judge, model):
     )
     results = train.Judge(table, judge.collator).judge(model, trained=False)
     assert len(results["captions"]) == 8 and results["images"] == 4
+    results["step"] = 0
+    assert "4 held-out images with 8 questions, step 0" in write_report(train, results)[0]
     asked_about = [row["images"][0]["digest"] for row in results["others"]]
     assert len(set(asked_about)) == 3 and len(asked_about) == 3 * len(train.OTHER_QUESTIONS)
 
