@@ -316,6 +316,7 @@ def test_the_report_stays_text(train, tmp_path_factory, references, caption, que
     others = [{"images": [], "question": question, "base": caption, "fine_tuned": caption}]
     scores = {"CIDEr": 1.0}
     results = {
+        "images": len(rows),
         "headline": "CIDEr",
         "step": 1,
         "scores": {"base": scores, "fine_tuned": scores},

@@ -152,7 +152,7 @@ def without_weights(device: str) -> Iterator[None]:
     def build(folder, config, dtype, **options):
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        return model, {"missing_keys": [], "mismatched_keys": []}
+        return model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
 
     with patch.object(AutoModelForImageTextToText, "from_pretrained", build):
         yield
