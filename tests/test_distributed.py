@@ -188,16 +188,12 @@ def test_one_killed_process_ends_all_and_one_alone_resumes(alone, served, run_tr
 
 @posix
 def test_stopped_by_signals_no_step_is_lost(alone, served):
-    """torchrun passes on a scheduler's SIGTERM, Ctrl-C and a closed terminal; 30 seconds to save.
+    """torchrun passes on a scheduler's SIGTERM and Ctrl-C, and gives them 30 seconds to save.
 
     Whatever starts them next, as many or more, resumes behind the step that was saved.
     """
     last = 0
-    launchers = {
-        "SIGTERM": several(2),
-        "SIGINT": accelerated(2, "--multi_gpu"),
-        "SIGHUP": several(2),
-    }
+    launchers = {"SIGTERM": several(2), "SIGINT": accelerated(2, "--multi_gpu")}
     for sent, launcher in launchers.items():
         run = start(alone, served, launcher, "stopped")
         wait_for("| loss", alone / "stopped.log", run)
@@ -212,6 +208,19 @@ def test_stopped_by_signals_no_step_is_lost(alone, served):
     assert f"step {last}/6 | loss" not in printed and f"step {last + 1}/6 | loss" in printed
     assert "gradient checkpointing on" in printed
     assert_learned(alone, "stopped")
+
+
+@posix
+def test_a_closed_terminal_loses_no_step(alone, served):
+    """torchrun passes on SIGHUP as well."""
+    run = start(alone, served, several(2), "closed")
+    wait_for("| loss", alone / "closed.log", run)
+    run.send_signal(signal.SIGHUP)
+    assert end(run, MINUTE) != 0
+    printed = read_text(alone / "closed.log")
+    stopped = re.search(r"Stopped at step (\d), which is saved", printed)
+    assert stopped, printed
+    assert (alone / f"closed/checkpoint-{stopped[1]}/trainer_state.json").is_file()
 
 
 @posix
