@@ -65,6 +65,7 @@ CHECK_THREADS: Annotated[int, Field(ge=1, le=64)] = 8  # images decoded at a tim
 # --------------------------------------------------------------------------------------------------
 
 # Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+# (\p{C} as a whole would be wrong: emoji that are younger than the package count as unassigned)
 VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # <|im_end|> and the like; the model has 14
 

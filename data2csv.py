@@ -108,6 +108,7 @@ LOADER = (
 )
 ANNOTATIONS = "annotations/captions_train2014.json"  # inside COCO's archive of 240 MB
 # Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+# (\p{C} as a whole would be wrong: emoji that are younger than the package count as unassigned)
 VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 # Kinds of proxies, and the port where an address names none
 PROXY_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
@@ -569,8 +570,10 @@ def write_preview(table: dict[int, Entry], chosen: list[int]) -> None:
         sheet = draw_preview(captions)
         with write_atomically(path, "wb") as file:
             sheet.save(file, "JPEG", quality=90)
-    except OSError as error:
-        print(f"{path} was not written ({error.strerror or error}). All else is complete.")
+    # Pillow raises a dozen kinds of errors, here on a damaged note of how the camera was held
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"{path} was not written ({reason}). All else is complete.")
 
 
 def draw_preview(captions: dict[int, str]) -> Image.Image:

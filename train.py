@@ -163,6 +163,7 @@ SUPPORTED_MODELS = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_v
 # What the name of a quantised model ends in: -AWQ, -GPTQ-Int4, -FP8, -unsloth-bnb-4bit, ...
 QUANTISED = re.compile(r"(-unsloth)?-(AWQ|GPTQ|FP8|NVFP4|MXFP4|bnb|Int[48]|[48]bit)\b.*$", re.I)
 # Not blanks and controls, nor what has no ink: zero-width space, Hangul filler, empty Braille cell
+# (\p{C} as a whole would be wrong: emoji that are younger than the package count as unassigned)
 VISIBLE = regex.compile(r"[^\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]")
 IMAGE_MARKER = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # what only the chat template may write
@@ -1103,6 +1104,7 @@ def load_weights(
         raise SystemExit(
             f"{folder} doesn't load: {error}. Run load_model.py again, it repairs the files."
         ) from None
+    # A weight of another shape is as good as none
     missing = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
     if missing:
         raise SystemExit(f"{folder} lacks weights ({missing[:3]}). Run load_model.py again.")
@@ -1631,7 +1633,7 @@ class Scores:
     """
 
     def __init__(self, references: list[list[str]], images: list | None = None) -> None:
-        """Take the references of each question, and what tells its image; None: all differ."""
+        """Take the references of each question, and a key of its image; None: all images differ."""
         self.references = references
         self.images = images or list(range(len(references)))
         self.prose = are_prose(list(itertools.chain.from_iterable(references)))
@@ -2813,6 +2815,7 @@ def read_csv_requests(source: Path) -> list[Request]:
 def check_caption_columns(names: list[str]) -> None:
     """Stop if the columns are not called as they must be."""
     for column in ("image_path", "question"):
+        # Without case, blanks, underscores and characters that nobody sees
         letters = column.replace("_", "")
         alike = [name for name in names if "".join(filter(str.isalnum, name)).lower() == letters]
         if alike == [column] or (not alike and column == "question"):
@@ -3020,34 +3023,34 @@ def prove_merged(folder: Path, base: Base) -> float:
 
 
 class LastingStream:
-    """A console that may go away while the training runs: then what it is told is lost.
+    """A console that may go away while the training runs: then what is printed is lost.
 
     A terminal is closed, tee ends with Ctrl-C, or the disk of a log file is full: the step has to
     be saved all the same.
     """
 
     def __init__(self, stream: IO) -> None:
-        """Stand before stdout or stderr."""
+        """Wrap stdout or stderr."""
         self.stream = stream
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Be the stream in all else."""
+        """Behave as the stream does in all else."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, if there is still somebody to read it."""
+        """Write text if the console still takes it."""
         with contextlib.suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what was written, if there is still somebody to read it."""
+        """Pass on what was written if the console still takes it."""
         with contextlib.suppress(OSError):
             self.stream.flush()
 
 
 def outlive_console() -> None:
-    """Let no print or progress bar end the training because the console is gone."""
+    """Let no print or progress bar raise an error because the console is gone."""
     sys.stdout = LastingStream(sys.stdout)
     sys.stderr = LastingStream(sys.stderr)
 

@@ -95,6 +95,20 @@ def test_preview_shows_images_as_people_see_them(script, tmp_path, monkeypatch):
     assert sheet.getpixel((x, gap + 144)) == (255, 0, 0)
 
 
+def test_preview_is_only_for_looking(script, tmp_path, monkeypatch, capsys):
+    """Whatever Pillow raises, the run is complete. Otherwise it ends in a traceback."""
+
+    def fail(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(script, "IMAGE_FOLDER", str(tmp_path))
+    monkeypatch.setattr(script.ImageOps, "exif_transpose", fail)
+    Image.new("RGB", (10, 10)).save(tmp_path / "1.jpg")
+    script.write_preview({1: script.Entry([], ["a dog"])}, [1])
+    assert "was not written (not a TIFF file). All else is complete." in capsys.readouterr().out
+    assert not (tmp_path / "preview.jpg").exists()
+
+
 def test_bytes_as_served(hub, folder, hub_folder):
     """Every file equals what the host served. Otherwise images lose quality."""
     assert data2csv(hub, folder).returncode == 0
